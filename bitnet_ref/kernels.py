@@ -1,0 +1,372 @@
+"""The registry of compiled kernels: what exists, what may run here, what is chosen, and the call itself.
+
+Four different questions, four calls::
+
+    compiled()            names of the variants in this build
+    supported()           those that this processor can run and BITNET_REF_ISA allows
+    select(op, scheme)    the one that runs when nobody names a kernel: the highest instruction set of supported()
+    get(name)             exactly that variant, or KernelUnavailable; never another one
+
+``BITNET_REF_ISA=avx2`` caps the instruction set for the whole process, as if the processor had no more. ``python -m
+bitnet_ref.kernels`` (or ``bitnet-ref kernels``) prints the table.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import operator
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from bitnet_ref._native import _table, cpu, threads
+from bitnet_ref._native import matmul as _matmul
+from bitnet_ref.errors import KernelUnavailable
+from bitnet_ref.reference.packing import PackedTernary, get_scheme
+
+__all__ = ["ISAS", "MAX_K", "Kernel", "KernelName", "compiled", "get", "isa_cap", "matmul", "resolve_threads", "select",
+           "supported", "table"]
+
+ISAS = {"scalar": 0, "neon": 10, "avx2": 10, "neondot": 20, "avx512vnni": 20, "avx512vbmi": 25}
+"""Instruction sets and their rank; of two that can run, the higher is chosen."""
+
+MAX_K = 2**24 - 1
+"""Largest number of inputs: K products of magnitude 128 must stay inside int32."""
+
+PRODUCTS = ("gemv", "gemm")
+_NAME = re.compile(r"([a-z]+)_(i8)_([a-z0-9]+)_(\d+)x(\d+)__([a-z0-9]+)")
+
+
+class KernelName(str):
+    """The name of a kernel variant, ``<op>_<act>_<scheme>_<rows>x<block>__<isa>``: a string that knows its parts.
+
+    Attributes
+    ----------
+    op : str
+        ``gemv`` (one token), ``gemm`` (many), or ``lut`` (builds the lookup tables of tl1 and tl2).
+    act : str
+        Type of the activations: ``i8``.
+    scheme : str
+    rows, block : int
+        Rows per tile and columns per block.
+    isa : str
+
+    Raises
+    ------
+    ValueError
+        If the string has not that form.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, name: str) -> KernelName:
+        if _NAME.fullmatch(name) is None:
+            raise ValueError(f"a kernel name has the form op_i8_scheme_RxB__isa, got {name!r}")
+        return super().__new__(cls, name)
+
+    def _part(self, index: int) -> str:
+        match = _NAME.fullmatch(self)
+        assert match is not None  # __new__ has refused every other string
+        return match[index]
+
+    op = property(lambda self: self._part(1))
+    act = property(lambda self: self._part(2))
+    scheme = property(lambda self: self._part(3))
+    rows = property(lambda self: int(self._part(4)))
+    block = property(lambda self: int(self._part(5)))
+    isa = property(lambda self: self._part(6))
+
+    @classmethod
+    def build(cls, op: str, act: str, scheme: str, rows: int, block: int, isa: str) -> KernelName:
+        """The name made of these parts."""
+        return cls(f"{op}_{act}_{scheme}_{rows}x{block}__{isa}")
+
+
+_COMPILED = tuple(KernelName(name) for name in _table.COMPILED)
+COMPILER = _table.COMPILER
+
+
+def compiled(*ops: str) -> tuple[KernelName, ...]:
+    """Names of the variants in this build.
+
+    Parameters
+    ----------
+    *ops : str
+        ``"gemv"``, ``"gemm"``, ``"lut"``; with none, the products (gemv and gemm). The ``lut`` variants build the
+        tables that the products of tl1 and tl2 read; they are called on their own only by tests.
+    """
+    for op in ops:
+        if op not in (*PRODUCTS, "lut"):
+            raise ValueError(f"op must be gemv, gemm or lut, got {op!r}")
+    return tuple(name for name in _COMPILED if name.op in (ops or PRODUCTS))
+
+
+def isa_cap() -> str | None:
+    """The instruction set that ``BITNET_REF_ISA`` names, or None if it is unset or empty.
+
+    Raises
+    ------
+    KernelUnavailable
+        If it names no instruction set, one that this build has no kernels for, or one that this processor lacks.
+    """
+    cap = os.environ.get("BITNET_REF_ISA", "")
+    if not cap:
+        return None
+    built = sorted({name.isa for name in _COMPILED}, key=ISAS.__getitem__)
+    if cap not in ISAS:
+        raise KernelUnavailable(f"BITNET_REF_ISA must be one of {', '.join(ISAS)}, got {cap!r}")
+    if cap not in built:
+        raise KernelUnavailable(f"BITNET_REF_ISA={cap}: this build has no such kernels, only {', '.join(built)}")
+    if cap not in cpu.supported_isas():
+        raise KernelUnavailable(
+            f"BITNET_REF_ISA={cap}: this processor supports only {', '.join(cpu.supported_isas())}"
+        )
+    return cap
+
+
+def supported(*ops: str) -> tuple[KernelName, ...]:
+    """Those of :func:`compiled` that this processor can run and ``BITNET_REF_ISA`` allows."""
+    cap = isa_cap()
+    return tuple(
+        name
+        for name in compiled(*ops)
+        if name.isa in cpu.supported_isas() and (cap is None or ISAS[name.isa] <= ISAS[cap])
+    )
+
+
+def select(op: str, scheme: str) -> Kernel:
+    """The kernel that runs when none is named: the supported one with the highest instruction set.
+
+    Raises
+    ------
+    ValueError
+        If the op or the scheme is unknown.
+    KernelUnavailable
+        If this build has no kernel for them, or ``BITNET_REF_ISA`` is impossible.
+    """
+    get_scheme(scheme)
+    found = [name for name in supported(op) if name.scheme == scheme]
+    if not found:
+        raise KernelUnavailable(f"this build has no {op} kernel for scheme {scheme}")
+    return _load(max(found, key=lambda name: ISAS[name.isa]))
+
+
+def get(name: str) -> Kernel:
+    """Exactly the named variant.
+
+    Raises
+    ------
+    KernelUnavailable
+        If the name is unknown, or the variant cannot run here; the message says which.
+    """
+    if name not in _COMPILED:
+        raise KernelUnavailable(f"no kernel is called {name!r}; bitnet_ref.kernels.compiled() lists them")
+    name = KernelName(name)
+    if name.isa not in cpu.supported_isas():
+        raise KernelUnavailable(
+            f"{name} needs {name.isa}, this processor supports only {', '.join(cpu.supported_isas())}"
+        )
+    if name not in supported(name.op):
+        raise KernelUnavailable(f"{name} needs {name.isa}, BITNET_REF_ISA={isa_cap()} forbids it")
+    return _load(name)
+
+
+@dataclass(frozen=True, repr=False)
+class Kernel:
+    """A compiled variant that can run here. Calling it multiplies; it never hands over to another variant."""
+
+    name: KernelName
+    _capsule: Any = field(compare=False)
+
+    def __call__(
+        self, x_q: np.ndarray, packed: PackedTernary, *, n_threads: int | None = None, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Exact product of int8 activations with a packed ternary matrix; see :func:`bitnet_ref.matmul`."""
+        scheme = get_scheme(packed.scheme)
+        m, k = packed.shape
+        if self.name.op not in PRODUCTS:
+            raise ValueError(f"{self.name} builds lookup tables and multiplies nothing; name a gemv or gemm kernel")
+        if self.name.scheme != packed.scheme:
+            raise ValueError(f"{self.name} reads scheme {self.name.scheme}, got a matrix packed as {packed.scheme}")
+        if not isinstance(x_q, np.ndarray) or x_q.dtype != np.int8:
+            raise TypeError(f"x_q must be an int8 array, got {getattr(x_q, 'dtype', type(x_q).__name__)}")
+        if x_q.ndim < 1 or x_q.shape[-1] != k:
+            raise ValueError(f"x_q must have shape (..., {k}) for this matrix of K = {k}, got shape {x_q.shape}")
+        if k > MAX_K:
+            raise ValueError(f"K must be at most {MAX_K} so that no int32 sum overflows, got {k}")
+        if packed.data.shape != scheme.data_shape(packed.shape):
+            raise ValueError(
+                f"{packed.scheme} data of a {m} x {k} matrix must have shape {scheme.data_shape(packed.shape)}, "
+                f"got {packed.data.shape}"
+            )
+        shape = (*x_q.shape[:-1], m)
+        if out is None:
+            out = np.empty(shape, np.int32)
+        elif not isinstance(out, np.ndarray) or out.dtype != np.int32:
+            raise TypeError(f"out must be an int32 array, got {getattr(out, 'dtype', type(out).__name__)}")
+        elif out.shape != shape or not out.flags.c_contiguous or not out.flags.writeable:
+            raise ValueError(f"out must be a writable C-contiguous array of shape {shape}, got {_describe(out)}")
+        _matmul.matmul(
+            self._capsule,
+            _table_builder(self.name)._capsule if _needs_tables(packed.scheme) else None,
+            packed.data,
+            m,
+            k,
+            np.ascontiguousarray(x_q).reshape(-1, k),
+            out.reshape(-1, m),
+            scheme.rows,
+            scheme.block,
+            scheme.tile_block_bytes,
+            resolve_threads(n_threads),
+        )
+        return out
+
+    def build_tables(self, x_q: np.ndarray) -> np.ndarray:
+        """The lookup tables of one token: int8 of shape (n_groups, 2, 16), as ``reference.packing.tables_*`` defines them.
+
+        Parameters
+        ----------
+        x_q : ndarray of shape (K,), int8
+
+        Raises
+        ------
+        ValueError
+            If this is not a ``lut`` kernel, or x_q is not one token.
+        TypeError
+            If x_q is not int8.
+        """
+        if self.name.op != "lut":
+            raise ValueError(f"only lut kernels build tables, {self.name} multiplies")
+        if not isinstance(x_q, np.ndarray) or x_q.dtype != np.int8:
+            raise TypeError(f"x_q must be an int8 array, got {getattr(x_q, 'dtype', type(x_q).__name__)}")
+        if x_q.ndim != 1 or x_q.size == 0:
+            raise ValueError(f"x_q must be one token of shape (K,) with K >= 1, got shape {x_q.shape}")
+        n_blocks = -(-x_q.size // self.name.block)
+        padded = np.zeros(n_blocks * self.name.block, np.int8)
+        padded[: x_q.size] = x_q
+        tables = np.empty((8 * n_blocks, 2, 16), np.int8)
+        _matmul.build_tables(self._capsule, padded, tables.reshape(-1), self.name.block)
+        return tables
+
+    def __repr__(self) -> str:
+        return f"Kernel({self.name})"
+
+
+def matmul(
+    x_q: np.ndarray,
+    packed: PackedTernary,
+    *,
+    kernel: str | Kernel | None = None,
+    n_threads: int | None = None,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """Exact product of int8 activations with a packed ternary matrix.
+
+        out[..., m] = sum over k of x_q[..., k] * w_q[m, k]
+
+    Parameters
+    ----------
+    x_q : ndarray of shape (..., K), int8. Not modified.
+    packed : PackedTernary of shape (M, K)
+    kernel : str, optional
+        A name from :func:`bitnet_ref.kernels.supported`. Without it the best one for one token (gemv) or several
+        (gemm) is taken.
+    n_threads : int, optional
+        See :func:`resolve_threads`. The result does not depend on it.
+    out : ndarray of shape (..., M), int32, C-contiguous, optional
+        Written to and returned; it must not overlap x_q.
+
+    Returns
+    -------
+    ndarray of shape (..., M), int32
+
+    Raises
+    ------
+    TypeError
+        If x_q is not int8 or out not int32.
+    ValueError
+        If shapes do not fit, the kernel is of another scheme, or K is above 16,777,215.
+    KernelUnavailable
+        If the named kernel does not exist or cannot run here.
+    """
+    if kernel is None:
+        tokens = x_q.size // max(1, packed.shape[1]) if isinstance(x_q, np.ndarray) else 1
+        kernel = select("gemv" if tokens == 1 else "gemm", packed.scheme)
+    elif not isinstance(kernel, Kernel):
+        kernel = get(kernel)
+    return kernel(x_q, packed, n_threads=n_threads, out=out)
+
+
+def resolve_threads(n_threads: int | None) -> int:
+    """The number of threads that a call uses: the one rule for the whole package.
+
+    Parameters
+    ----------
+    n_threads : int, optional
+        None: OpenMP's default (``OMP_NUM_THREADS``, else the processors that this process may use). Otherwise at
+        least 1 and taken as it is. A build without OpenMP has one thread, whatever is asked for.
+
+    Raises
+    ------
+    ValueError
+        If it is below 1 or above 1,024.
+    TypeError
+        If it is not an integer.
+    """
+    if n_threads is None:
+        return threads.default_threads()
+    if isinstance(n_threads, bool):
+        raise TypeError("n_threads must be an integer or None, got a bool")
+    n = operator.index(n_threads)
+    if not 1 <= n <= 1024:
+        raise ValueError(f"n_threads must be between 1 and 1024, got {n}")
+    return n if threads.has_openmp() else 1
+
+
+def table() -> Iterator[dict[str, object]]:
+    """One row per compiled variant, for people and programs: name, op, scheme, isa, compiled, supported, active."""
+    may_run = supported(*PRODUCTS, "lut")
+    for name in compiled(*PRODUCTS, "lut"):
+        yield {
+            "name": str(name),
+            "op": name.op,
+            "scheme": name.scheme,
+            "isa": name.isa,
+            "compiled": True,
+            "supported": name in may_run,
+            "active": name in may_run and select(name.op, name.scheme).name == name,
+        }
+
+
+@functools.cache
+def _load(name: KernelName) -> Kernel:
+    """Import one variant; only ever called for an instruction set that the processor has."""
+    return Kernel(name, importlib.import_module(f"bitnet_ref._native.kernels.{name}").KERNEL)
+
+
+@functools.cache
+def _needs_tables(scheme: str) -> bool:
+    return any(name.scheme == scheme for name in compiled("lut"))
+
+
+@functools.cache
+def _table_builder(name: KernelName) -> Kernel:
+    """The table builder that goes with a product: the highest one that needs no more than its instruction set."""
+    usable = [lut for lut in compiled("lut") if lut.scheme == name.scheme and ISAS[lut.isa] <= ISAS[name.isa]]
+    return _load(max(usable, key=lambda lut: ISAS[lut.isa]))
+
+
+def _describe(array: np.ndarray) -> str:
+    kind = "" if array.flags.c_contiguous else "non-contiguous "
+    return f"{'' if array.flags.writeable else 'read-only '}{kind}shape {array.shape}"
+
+
+if __name__ == "__main__":
+    from bitnet_ref.cli import main
+
+    main(["kernels"])

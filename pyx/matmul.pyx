@@ -1,0 +1,149 @@
+"""One entry point for every kernel: padding, activation sums, lookup tables, threads, the last partial tile.
+
+The arguments have been checked in bitnet_ref/kernels.py; shapes here are trusted. Results do not depend on the number of
+threads: each output is computed by one thread, in int32.
+"""
+
+from cpython.pycapsule cimport PyCapsule_GetPointer
+from cython.parallel cimport prange
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
+
+from kernel_abi cimport lut_t, matmul_t
+
+# Multiply-add kernels keep sums of up to 162 * 128 per column in int32, so longer rows are cut (kernel_abi, interleaved_rows).
+cdef Py_ssize_t SEGMENT = 65536
+# Bytes of operands (activations, or tables) that a pass over the weights works on: they stay in a second-level cache.
+cdef Py_ssize_t OPERAND_BYTES = 262144
+cdef Py_ssize_t TABLE_BYTES = 256  # of one block: eight lookups of 32 bytes
+
+
+cdef void run_tiles(matmul_t kernel, const unsigned char* w, Py_ssize_t w_stride,
+                    const signed char* x, Py_ssize_t x_stride, const int* x_sums, int* out, Py_ssize_t out_stride,
+                    Py_ssize_t rows, Py_ssize_t m, Py_ssize_t first, Py_ssize_t last, Py_ssize_t n_blocks,
+                    Py_ssize_t n_tokens, int* scratch) noexcept nogil:
+    # Tiles first..last-1. A tile that reaches past row m goes through scratch, so that out is never overrun.
+    cdef Py_ssize_t whole = min(last, m // rows)
+    cdef Py_ssize_t t
+    if whole > first:
+        kernel(w + first * w_stride, w_stride, x, x_stride, x_sums, out + first * rows, out_stride,
+               whole - first, n_blocks, n_tokens)
+    if last * rows > m:
+        kernel(w + (last - 1) * w_stride, w_stride, x, x_stride, x_sums, scratch, rows, 1, n_blocks, n_tokens)
+        for t in range(n_tokens):
+            memcpy(out + t * out_stride + (last - 1) * rows, scratch + t * rows, (m - (last - 1) * rows) * sizeof(int))
+
+
+cdef int run(matmul_t kernel, lut_t build, const unsigned char* w, Py_ssize_t w_stride, Py_ssize_t m,
+             const signed char* x, Py_ssize_t x_stride, Py_ssize_t n_tokens, int* out, Py_ssize_t out_stride,
+             Py_ssize_t rows, Py_ssize_t block, Py_ssize_t n_blocks, int n_threads) except -1 nogil:
+    # One segment: n_blocks whole blocks of every row.
+    cdef Py_ssize_t n_tiles = (m + rows - 1) // rows
+    cdef Py_ssize_t operand = n_blocks * (TABLE_BYTES if build != NULL else block)
+    cdef Py_ssize_t batch = max(8, OPERAND_BYTES // operand // 8 * 8)
+    cdef Py_ssize_t i, t, k, count, chunk
+    cdef int n_parts = <int>min(<Py_ssize_t>n_threads, n_tiles)
+    cdef int* sums = NULL
+    cdef int* scratch = NULL
+    cdef signed char* tables = NULL
+    if batch > n_tokens:
+        batch = n_tokens
+    sums = <int*>malloc(n_tokens * sizeof(int))
+    scratch = <int*>malloc(batch * rows * sizeof(int))
+    if build != NULL:
+        # 63 spare bytes let the first table start on a cache line.
+        tables = <signed char*>malloc(batch * operand + 63)
+    if sums == NULL or scratch == NULL or (build != NULL and tables == NULL):
+        free(sums)
+        free(scratch)
+        free(tables)
+        with gil:
+            raise MemoryError("no memory for the work buffers of a matrix product")
+    cdef signed char* aligned = tables + (-<Py_ssize_t>tables & 63)
+    if build == NULL:
+        for t in range(n_tokens):
+            sums[t] = 0
+            for k in range(n_blocks * block):
+                sums[t] += x[t * x_stride + k]
+    t = 0
+    while t < n_tokens:
+        count = min(batch, n_tokens - t)
+        if build != NULL:
+            # Every thread builds its share of the blocks, for each token of the batch.
+            chunk = (n_blocks + n_threads - 1) // n_threads
+            for i in prange(count * n_threads, num_threads=n_threads, schedule='static'):
+                if i % n_threads * chunk < n_blocks:
+                    build(x + (t + i // n_threads) * x_stride + i % n_threads * chunk * block,
+                          aligned + i // n_threads * operand + i % n_threads * chunk * TABLE_BYTES,
+                          min(chunk, n_blocks - i % n_threads * chunk))
+        for i in prange(n_parts, num_threads=n_parts, schedule='static', chunksize=1):
+            # One contiguous run of tiles per thread: the order in which the prefetcher reads best.
+            run_tiles(kernel, w, w_stride,
+                      aligned if build != NULL else x + t * x_stride,
+                      operand if build != NULL else x_stride,
+                      sums + t, out + t * out_stride, out_stride, rows, m,
+                      n_tiles * i // n_parts, n_tiles * (i + 1) // n_parts, n_blocks, count, scratch)
+        t += count
+    free(sums)
+    free(scratch)
+    free(tables)
+    return 0
+
+
+def matmul(kernel, lut, const unsigned char[:, ::1] w, Py_ssize_t m, Py_ssize_t k, const signed char[:, ::1] x,
+           int[:, ::1] out, Py_ssize_t rows, Py_ssize_t block, Py_ssize_t block_bytes, int n_threads):
+    """out (T, M) int32 = x (T, K) int8 times the transpose of the packed (M, K) matrix.
+
+    kernel, lut : capsules of a compiled variant; lut is None for multiply-add schemes
+    w : packed tiles, one a row; a tile has ``rows`` rows, a block ``block`` columns and ``block_bytes`` bytes
+    """
+    cdef matmul_t call = <matmul_t>PyCapsule_GetPointer(kernel, b"bitnet_ref.matmul/1")
+    cdef lut_t build = NULL
+    if lut is not None:
+        build = <lut_t>PyCapsule_GetPointer(lut, b"bitnet_ref.lut/1")
+    cdef Py_ssize_t n_tokens = x.shape[0], n_blocks = (k + block - 1) // block, padded = n_blocks * block
+    cdef Py_ssize_t segment = n_blocks if build != NULL else SEGMENT // block
+    cdef Py_ssize_t first, i, t, count
+    cdef signed char* copy = NULL
+    cdef int* partial = NULL
+    cdef const signed char* activations
+    if n_tokens == 0:
+        return
+    activations = &x[0, 0]
+    with nogil:
+        if padded != k:
+            copy = <signed char*>malloc(n_tokens * padded)
+            if copy == NULL:
+                with gil:
+                    raise MemoryError("no memory for padded activations")
+            for t in range(n_tokens):
+                memcpy(copy + t * padded, activations + t * k, k)
+                memset(copy + t * padded + k, 0, padded - k)
+            activations = copy
+        try:
+            count = min(segment, n_blocks)
+            run(call, build, &w[0, 0], w.shape[1], m, activations, padded, n_tokens, &out[0, 0], m,
+                rows, block, count, n_threads)
+            if count < n_blocks:
+                partial = <int*>malloc(n_tokens * m * sizeof(int))
+                if partial == NULL:
+                    with gil:
+                        raise MemoryError("no memory for the partial sums of a long row")
+                first = count
+                while first < n_blocks:
+                    count = min(segment, n_blocks - first)
+                    run(call, build, &w[0, 0] + first * block_bytes, w.shape[1], m, activations + first * block, padded,
+                        n_tokens, partial, m, rows, block, count, n_threads)
+                    for t in range(n_tokens):
+                        for i in range(m):
+                            out[t, i] += partial[t * m + i]
+                    first += count
+        finally:
+            free(copy)
+            free(partial)
+
+
+def build_tables(lut, const signed char[::1] x, signed char[::1] tables, Py_ssize_t block):
+    """Run a table builder alone: x holds whole blocks, tables 256 bytes for each."""
+    cdef lut_t build = <lut_t>PyCapsule_GetPointer(lut, b"bitnet_ref.lut/1")
+    build(&x[0], &tables[0], x.shape[0] // block)

@@ -25,11 +25,12 @@ from typing import Any
 import numpy as np
 
 from bitnet_ref._native import _table, cpu, threads
+from bitnet_ref._native import limits as _limits
 from bitnet_ref._native import matmul as _matmul
 from bitnet_ref.errors import KernelUnavailable
 from bitnet_ref.reference.packing import PackedTernary, get_scheme
 
-__all__ = ["ISAS", "MAX_K", "Kernel", "KernelName", "compiled", "get", "isa_cap", "matmul", "resolve_threads", "select",
+__all__ = ["ISAS", "MAX_K", "Kernel", "KernelName", "compiled", "get", "isa_cap", "matmul", "read_all", "resolve_threads", "select",
            "supported", "table"]
 
 ISAS = {"scalar": 0, "neon": 10, "avx2": 10, "neondot": 20, "avx512vnni": 20, "avx512vbmi": 25}
@@ -39,6 +40,7 @@ MAX_K = 2**24 - 1
 """Largest number of inputs: K products of magnitude 128 must stay inside int32."""
 
 PRODUCTS = ("gemv", "gemm")
+OPS = (*PRODUCTS, "lut", "peak")
 _NAME = re.compile(r"([a-z]+)_(i8)_([a-z0-9]+)_(\d+)x(\d+)__([a-z0-9]+)")
 
 
@@ -48,7 +50,8 @@ class KernelName(str):
     Attributes
     ----------
     op : str
-        ``gemv`` (one token), ``gemm`` (many), or ``lut`` (builds the lookup tables of tl1 and tl2).
+        ``gemv`` (one token), ``gemm`` (many), ``lut`` (builds the lookup tables of tl1 and tl2), or ``peak`` (the
+        register-only probe of the int8 multiply-add rate).
     act : str
         Type of the activations: ``i8``.
     scheme : str
@@ -97,12 +100,12 @@ def compiled(*ops: str) -> tuple[KernelName, ...]:
     Parameters
     ----------
     *ops : str
-        ``"gemv"``, ``"gemm"``, ``"lut"``; with none, the products (gemv and gemm). The ``lut`` variants build the
-        tables that the products of tl1 and tl2 read; they are called on their own only by tests.
+        ``"gemv"``, ``"gemm"``, ``"lut"``, ``"peak"``; with none, the products (gemv and gemm). The ``lut`` variants
+        build the tables that the products of tl1 and tl2 read; ``peak`` variants multiply nothing, they are timed.
     """
     for op in ops:
-        if op not in (*PRODUCTS, "lut"):
-            raise ValueError(f"op must be gemv, gemm or lut, got {op!r}")
+        if op not in OPS:
+            raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
     return tuple(name for name in _COMPILED if name.op in (ops or PRODUCTS))
 
 
@@ -149,7 +152,8 @@ def select(op: str, scheme: str) -> Kernel:
     KernelUnavailable
         If this build has no kernel for them, or ``BITNET_REF_ISA`` is impossible.
     """
-    get_scheme(scheme)
+    if op in PRODUCTS:
+        get_scheme(scheme)
     found = [name for name in supported(op) if name.scheme == scheme]
     if not found:
         raise KernelUnavailable(f"this build has no {op} kernel for scheme {scheme}")
@@ -190,7 +194,7 @@ class Kernel:
         scheme = get_scheme(packed.scheme)
         m, k = packed.shape
         if self.name.op not in PRODUCTS:
-            raise ValueError(f"{self.name} builds lookup tables and multiplies nothing; name a gemv or gemm kernel")
+            raise ValueError(f"{self.name} multiplies no matrix; name a gemv or gemm kernel")
         if self.name.scheme != packed.scheme:
             raise ValueError(f"{self.name} reads scheme {self.name.scheme}, got a matrix packed as {packed.scheme}")
         if not isinstance(x_q, np.ndarray) or x_q.dtype != np.int8:
@@ -225,6 +229,18 @@ class Kernel:
             resolve_threads(n_threads),
         )
         return out
+
+    def multiply_adds(self, n_steps: int, n_threads: int | None = None) -> int:
+        """Run a ``peak`` probe for ``n_steps`` rounds on each thread; returns the multiply-adds done, to be timed.
+
+        Raises
+        ------
+        ValueError
+            If this is not a ``peak`` probe.
+        """
+        if self.name.op != "peak":
+            raise ValueError(f"only peak probes count multiply-adds, {self.name} is a {self.name.op} kernel")
+        return _limits.multiply_adds(self._capsule, n_steps, resolve_threads(n_threads))
 
     def build_tables(self, x_q: np.ndarray) -> np.ndarray:
         """The lookup tables of one token: int8 of shape (n_groups, 2, 16), as ``reference.packing.tables_*`` defines them.
@@ -302,6 +318,11 @@ def matmul(
     return kernel(x_q, packed, n_threads=n_threads, out=out)
 
 
+def read_all(words: np.ndarray, n_threads: int | None = None) -> int:
+    """Read a uint64 array (a multiple of 8 words) once, front to back; to be timed. Returns the sum modulo 2^64."""
+    return _limits.read_all(words, resolve_threads(n_threads))
+
+
 def resolve_threads(n_threads: int | None) -> int:
     """The number of threads that a call uses: the one rule for the whole package.
 
@@ -330,8 +351,8 @@ def resolve_threads(n_threads: int | None) -> int:
 
 def table() -> Iterator[dict[str, object]]:
     """One row per compiled variant, for people and programs: name, op, scheme, isa, compiled, supported, active."""
-    may_run = supported(*PRODUCTS, "lut")
-    for name in compiled(*PRODUCTS, "lut"):
+    may_run = supported(*OPS)
+    for name in compiled(*OPS):
         yield {
             "name": str(name),
             "op": name.op,

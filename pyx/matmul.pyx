@@ -79,7 +79,7 @@ cdef int run(matmul_t kernel, lut_t build, const unsigned char* w, Py_ssize_t w_
         for i in prange(n_parts, num_threads=n_parts, schedule='static', chunksize=1):
             # One contiguous run of tiles per thread: the order in which the prefetcher reads best.
             run_tiles(kernel, w, w_stride,
-                      aligned if build != NULL else x + t * x_stride,
+                      <const signed char*>aligned if build != NULL else x + t * x_stride,
                       operand if build != NULL else x_stride,
                       sums + t, out + t * out_stride, out_stride, rows, m,
                       n_tiles * i // n_parts, n_tiles * (i + 1) // n_parts, n_blocks, count, scratch)

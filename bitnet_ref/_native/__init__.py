@@ -5,7 +5,7 @@
     templates/meson.build  ------> _table.py            the names of the variants in this build
     pyx/matmul.pyx         ------> matmul.so            calls any variant: padding, tables, threads
     pyx/cpu.pyx            ------> cpu.so               which instruction sets may run here
-    pyx/threads.pyx, bandwidth.pyx                      OpenMP's offer; the streaming-read probe
+    pyx/threads.pyx, limits.pyx                         OpenMP's offer; read bandwidth and int8 peak
 
 A variant is imported only after cpu.supported_isas() has named its instruction set: with per-module flags even a module's
 initialisation may use the wide registers. bitnet_ref/kernels.py is the only importer.

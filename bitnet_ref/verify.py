@@ -1,0 +1,152 @@
+"""Check every kernel that can run here against the NumPy reference: exact integers, awkward shapes, three kinds of input.
+
+Each kind finds what the others miss. Dense random weights show a wrong order of digits or rows. Near-constant ones sit at
+few distinct values, where a forgotten correction shows. Worst cases (all weights +1 or -1, all activations 127 or -128) fill
+accumulators to their bound, which random data never does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from bitnet_ref import kernels
+from bitnet_ref.errors import BitnetRefError
+from bitnet_ref.kernels import KernelName
+from bitnet_ref.reference.packing import pack, tables_tl1, tables_tl2
+
+__all__ = ["Case", "VerificationError", "VerifyReport", "cases", "check", "run"]
+
+_TABLES = {"tl1": tables_tl1, "tl2": tables_tl2}
+_SEGMENT = 65536  # columns that pyx/matmul.pyx hands to a kernel at once
+
+
+class VerificationError(BitnetRefError):
+    """A kernel's result differs from the reference; the message names kernel, shape and first differing index."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One product to compute: weights (M, K) and activations (T, K), both int8, and the number of threads."""
+
+    label: str
+    w_q: np.ndarray
+    x_q: np.ndarray
+    n_threads: int
+
+    def __str__(self) -> str:
+        m, k = self.w_q.shape
+        return f"{self.label}, M = {m}, K = {k}, T = {len(self.x_q)}, {self.n_threads} thread(s)"
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was checked: kernel names, number of cases, seed."""
+
+    kernels: tuple[KernelName, ...]
+    cases: int
+    seed: int
+
+
+def cases(name: KernelName, rng: np.random.Generator, examples: int) -> Iterator[Case]:
+    """Cases for one kernel: ``examples`` of each random kind at shapes around its tile and block, then the worst cases.
+
+    Parameters
+    ----------
+    name : KernelName
+    rng : Generator
+    examples : int, at least 1
+    """
+    rows, block = name.rows, name.block
+    heights = [1, rows - 1, rows, rows + 1, 2 * rows + 3]
+    widths = [1, 2, block - 1, block, block + 1, 3 * block + 5, 11 * block]
+    tokens = [1] if name.op == "lut" else [1, 2, 3, 4, 5, 9]
+    for i in range(examples):
+        m, k, t = max(1, int(rng.choice(heights))), int(rng.choice(widths)), int(rng.choice(tokens))
+        threads = 1 + i % 3
+        yield Case("dense random", _weights(rng, m, k), _activations(rng, t, k), threads)
+        w, x = np.full((m, k), rng.integers(-1, 2), np.int8), np.full((t, k), rng.integers(-128, 128), np.int8)
+        w[rng.integers(m), rng.integers(k)] = rng.integers(-1, 2)
+        x[rng.integers(t), rng.integers(k)] = rng.integers(-128, 128)
+        yield Case("near-constant", w, x, threads)
+    for k in (4096, 6912 + 1):
+        for weight in (1, -1):
+            for activation in (127, -128):
+                yield Case(
+                    f"all weights {weight}, all activations {activation}",
+                    np.full((rows + 1, k), weight, np.int8),
+                    np.full((tokens[-1], k), activation, np.int8),
+                    2,
+                )
+    if name.op != "lut":
+        k = _SEGMENT + block + 1  # more than one segment
+        yield Case("long rows", _weights(rng, 2, k), _activations(rng, 2, k), 2)
+        yield Case("long rows, worst case", np.ones((2, k), np.int8), np.full((1, k), -128, np.int8), 1)
+
+
+def check(name: KernelName, case: Case) -> None:
+    """Compare one kernel with the reference on one case.
+
+    The oracle is the int32 product of the unpacked integers (or the reference's tables), never another packed routine.
+
+    Raises
+    ------
+    VerificationError
+        If any element differs.
+    """
+    kernel = kernels.get(name)
+    if name.op == "lut":
+        expected, got = _TABLES[name.scheme](case.x_q[0]), kernel.build_tables(case.x_q[0])
+    else:
+        # float64 holds these sums exactly (below 2**53) and uses a fast library.
+        expected = (case.x_q.astype(np.float64) @ case.w_q.T.astype(np.float64)).astype(np.int32)
+        got = kernel(case.x_q, pack(case.w_q, name.scheme), n_threads=case.n_threads)
+    if not np.array_equal(got, expected):
+        index = tuple(int(i) for i in np.argwhere(got != expected)[0])
+        raise VerificationError(
+            f"{name} differs from the reference on {case}: "
+            f"first at index {index}, expected {expected[index]}, got {got[index]}"
+        )
+
+
+def run(
+    *, seed: int = 0, examples: int = 20, progress: Callable[[KernelName, int], object] | None = None
+) -> VerifyReport:
+    """Verify every supported kernel and table builder.
+
+    Parameters
+    ----------
+    seed : int, at least 0
+    examples : int, at least 1
+        Random examples of each kind per kernel.
+    progress : callable(name, cases so far), optional
+        Called after each kernel.
+
+    Raises
+    ------
+    VerificationError
+        At the first difference.
+    ValueError
+        If seed or examples is out of range.
+    """
+    if seed < 0 or examples < 1:
+        raise ValueError(f"seed must be at least 0 and examples at least 1, got {seed} and {examples}")
+    names = kernels.supported("gemv", "gemm", "lut")
+    count = 0
+    for i, name in enumerate(names):
+        for case in cases(name, np.random.default_rng([seed, i]), examples):
+            check(name, case)
+            count += 1
+        if progress is not None:
+            progress(name, count)
+    return VerifyReport(names, count, seed)
+
+
+def _weights(rng: np.random.Generator, m: int, k: int) -> np.ndarray:
+    return rng.integers(-1, 2, (m, k), dtype=np.int8)
+
+
+def _activations(rng: np.random.Generator, t: int, k: int) -> np.ndarray:
+    return rng.integers(-128, 128, (t, k), dtype=np.int8)

@@ -1,0 +1,93 @@
+"""The header of every result file: what machine, what build, what commit, when."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import cpuinfo
+import numpy as np
+
+import bitnet_ref
+from bitnet_ref import kernels
+from bitnet_ref._native import cpu, threads
+
+__all__ = ["cache_bytes", "commit", "record"]
+
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+
+
+def record(command: str) -> dict[str, object]:
+    """Everything that a reader needs to judge a measurement, as JSON-ready values.
+
+    Parameters
+    ----------
+    command : str
+        What was run.
+
+    Returns
+    -------
+    dict
+        date (UTC), command, version, commit (None outside a git checkout), cpu, cores (that this process may use),
+        cache_bytes (last level; None if unknown), memory_bytes, isas, isa_cap, active (kernel per op and scheme),
+        compiler, openmp, threads, python, numpy, platform, load_average (1, 5, 15 minutes; None if unknown).
+    """
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "version": bitnet_ref.__version__,
+        "commit": commit(),
+        "cpu": cpuinfo.get_cpu_info().get("brand_raw", platform.processor() or "unknown"),
+        "cores": _cores(),
+        "cache_bytes": cache_bytes(),
+        "memory_bytes": _memory_bytes(),
+        "isas": list(cpu.supported_isas()),
+        "isa_cap": kernels.isa_cap(),
+        "active": {f"{row['op']} {row['scheme']}": row["name"] for row in kernels.table() if row["active"]},
+        "compiler": kernels.COMPILER,
+        "openmp": threads.has_openmp(),
+        "threads": kernels.resolve_threads(None),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "load_average": [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+    }
+
+
+def cache_bytes() -> int | None:
+    """Bytes of the last-level cache as Linux reports it, or None."""
+    sizes = []
+    for entry in _CACHES.glob("index*"):
+        try:
+            text = (entry / "size").read_text().strip()
+        except OSError:
+            continue
+        if text.endswith("K") and text[:-1].isdigit():
+            sizes.append(int(text[:-1]) * 1024)
+    return max(sizes, default=None)
+
+
+def commit() -> str | None:
+    """Commit of the checkout that the command runs in, with "+" if files are changed; None if that is none of ours."""
+    if not Path("templates/meson.build").is_file():
+        return None
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        state = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if state.stdout.strip() else "")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None

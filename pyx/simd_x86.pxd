@@ -8,6 +8,7 @@ cdef extern from "immintrin.h" nogil:
         pass
     ctypedef unsigned long long __mmask64
 
+    void _mm_prefetch(const char*, const int)
     __m128i _mm_loadu_si128(const __m128i*)
     __m128i _mm_setr_epi8(char, char, char, char, char, char, char, char, char, char, char, char, char, char, char, char)
 

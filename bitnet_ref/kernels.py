@@ -30,8 +30,21 @@ from bitnet_ref._native import matmul as _matmul
 from bitnet_ref.errors import KernelUnavailable
 from bitnet_ref.reference.packing import PackedTernary, get_scheme
 
-__all__ = ["ISAS", "MAX_K", "Kernel", "KernelName", "compiled", "get", "isa_cap", "matmul", "read_all", "resolve_threads", "select",
-           "supported", "table"]
+__all__ = [
+    "ISAS",
+    "MAX_K",
+    "Kernel",
+    "KernelName",
+    "compiled",
+    "get",
+    "isa_cap",
+    "matmul",
+    "read_all",
+    "resolve_threads",
+    "select",
+    "supported",
+    "table",
+]
 
 ISAS = {"scalar": 0, "neon": 10, "avx2": 10, "neondot": 20, "avx512vnni": 20, "avx512vbmi": 25}
 """Instruction sets and their rank; of two that can run, the higher is chosen."""
@@ -126,9 +139,7 @@ def isa_cap() -> str | None:
     if cap not in built:
         raise KernelUnavailable(f"BITNET_REF_ISA={cap}: this build has no such kernels, only {', '.join(built)}")
     if cap not in cpu.supported_isas():
-        raise KernelUnavailable(
-            f"BITNET_REF_ISA={cap}: this processor supports only {', '.join(cpu.supported_isas())}"
-        )
+        raise KernelUnavailable(f"BITNET_REF_ISA={cap}: this processor supports only {', '.join(cpu.supported_isas())}")
     return cap
 
 

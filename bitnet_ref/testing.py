@@ -30,7 +30,9 @@ def _positive(**sizes: int) -> None:
             raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
 
 
-def shapes(*, rows: int = 4, block: int = 64, max_tiles: int = 3, max_blocks: int = 3) -> st.SearchStrategy[tuple[int, int]]:
+def shapes(
+    *, rows: int = 4, block: int = 64, max_tiles: int = 3, max_blocks: int = 3
+) -> st.SearchStrategy[tuple[int, int]]:
     """Shapes (M, K) of whole tiles and blocks, plus or minus one row and up to five columns; at least 1 x 1.
 
     Parameters
@@ -49,7 +51,9 @@ def shapes(*, rows: int = 4, block: int = 64, max_tiles: int = 3, max_blocks: in
     return st.tuples(around(rows, max_tiles, 1), around(block, max_blocks, 5))
 
 
-def ternary_matrices(shape: tuple[int, int] | st.SearchStrategy[tuple[int, int]] | None = None) -> st.SearchStrategy[np.ndarray]:
+def ternary_matrices(
+    shape: tuple[int, int] | st.SearchStrategy[tuple[int, int]] | None = None,
+) -> st.SearchStrategy[np.ndarray]:
     """int8 matrices of -1, 0 and +1 of the given shape, or of shapes drawn from :func:`shapes`."""
     return _arrays(shapes() if shape is None else shape, -1, 1)
 

@@ -12,7 +12,9 @@ from hypothesis import HealthCheck, settings
 import bitnet_ref as br
 from bitnet_ref._native import cpu, threads
 
-settings.register_profile("deterministic", derandomize=True, database=None, deadline=None, print_blob=True, max_examples=40)
+settings.register_profile(
+    "deterministic", derandomize=True, database=None, deadline=None, print_blob=True, max_examples=40
+)
 settings.register_profile(
     "random", deadline=None, print_blob=True, max_examples=2000, suppress_health_check=[HealthCheck.too_slow]
 )

@@ -10,3 +10,13 @@
 A variant is imported only after cpu.supported_isas() has named its instruction set: with per-module flags even a module's
 initialisation may use the wide registers. bitnet_ref/kernels.py is the only importer.
 """
+
+try:
+    from . import _table
+except ImportError as error:
+    raise ImportError(
+        "bitnet_ref is not built here: this is a source folder, its compiled kernels are missing. "
+        "Run `make dev` (or `pip install .`) in the checkout, or start Python from another folder."
+    ) from error
+
+del _table

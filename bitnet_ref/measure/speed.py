@@ -144,9 +144,7 @@ def _copies(nbytes: int) -> int:
     return max(2, -(-2 * (cache_bytes() or 2**25) // nbytes))
 
 
-def _kernel_program(
-    name: KernelName, w_q: np.ndarray, x_q: np.ndarray, expected: np.ndarray, threads: int
-) -> _Program:
+def _kernel_program(name: KernelName, w_q: np.ndarray, x_q: np.ndarray, expected: np.ndarray, threads: int) -> _Program:
     kernel, packed = kernels.get(name), pack(w_q, name.scheme)
     out = np.empty((len(x_q), len(w_q)), np.int32)
     kernel(x_q, packed, n_threads=threads, out=out)

@@ -1,0 +1,74 @@
+# Two commands do everything on a fresh machine (Python >= 3.11 with venv, a C compiler, make):
+#   make paper   verify every kernel, measure this machine, write report/report.html
+#   make test    run the tests
+# `make help` lists the rest.
+
+PYTHON ?= python3
+VENV ?= .venv
+CC ?= cc
+OUT ?= report
+BIN := $(VENV)/bin
+SOURCES := $(shell find bitnet_ref pyx templates paper_figures -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null) \
+           meson.build meson.options pyproject.toml README.md
+
+.DEFAULT_GOAL := help
+.PHONY: help setup paper quick test test-random lint sanitize notebook dev clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+paper: setup  ## verify every kernel, then write the memory, speed and energy report
+	$(BIN)/bitnet-ref verify
+	$(BIN)/bitnet-ref paper --out $(OUT)
+
+quick: setup  ## the same report from fewer measurements, in under a minute
+	$(BIN)/bitnet-ref paper --quick --out $(OUT)
+
+test: setup lint  ## run all tests that need no network, peer program or GPU
+	$(BIN)/pytest
+
+test-random: setup  ## run the property tests on many fresh random examples (long)
+	BITNET_REF_HYPOTHESIS=random $(BIN)/pytest tests/test_kernels.py tests/test_packing.py tests/test_quantize.py
+
+lint: $(VENV)/.dependencies  ## check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Address and undefined-behaviour sanitisers over everything compiled; its own build, on the PYTHONPATH before the installed one.
+# Leaks are not looked for: Python itself keeps memory until the process ends.
+sanitize: $(VENV)/.dependencies  ## build with sanitisers and run the kernel tests under them
+	rm -rf build/sanitized && mkdir -p build
+	CFLAGS="-fno-sanitize-recover=all -fno-omit-frame-pointer -g" $(BIN)/pip install --quiet --no-build-isolation --no-deps \
+	  --target build/sanitized --config-settings=build-dir=build/sanitize \
+	  --config-settings=setup-args=-Db_sanitize=address,undefined --config-settings=setup-args=-Db_lundef=false .
+	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  PYTHONPATH=build/sanitized $(BIN)/pytest -p no:cacheprovider tests/test_kernels.py tests/test_linear.py tests/test_verify.py
+
+notebook: setup  ## run the notebooks again and keep their outputs
+	$(BIN)/python notebooks/run.py
+
+dev: $(VENV)/.dependencies  ## install in editable mode: Python edits count at once, kernels rebuild on import
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable . --config-settings=build-dir=build/editable
+
+clean:  ## remove everything that these targets made
+	rm -rf $(VENV) build $(OUT) .pytest_cache .ruff_cache .hypothesis
+
+setup: $(VENV)/.installed
+
+# Installs when a source file is newer than the last install; the build folder is kept, so only what changed is compiled.
+$(VENV)/.installed: $(VENV)/.dependencies $(SOURCES)
+	@echo "building bitnet_ref (about a minute the first time) ..."
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps --force-reinstall . --config-settings=build-dir=build/release
+	@touch $@
+
+$(VENV)/.dependencies: pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 or newer is needed: install python3, or say make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version): say make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "Python's venv module is missing: install it (Debian, Ubuntu: apt-get install python3-venv)"; exit 1; }
+	@test -f "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || { echo "Python's C headers are missing: install them (Debian, Ubuntu: apt-get install python3-dev)"; exit 1; }
+	@command -v $(CC) >/dev/null || { echo "A C compiler is needed: install gcc or clang (Debian, Ubuntu: apt-get install gcc libc6-dev), or say make CC=/path/to/compiler"; exit 1; }
+	@echo "making a virtual environment in $(VENV) ..."
+	$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print(*p["build-system"]["requires"], "ninja", *p["project"]["dependencies"], *p["project"]["optional-dependencies"]["dev"], sep="\n")' > $(VENV)/requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --requirement $(VENV)/requirements.txt
+	@touch $@

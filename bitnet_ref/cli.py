@@ -1,0 +1,232 @@
+"""The command line: ``bitnet-ref kernels | verify | paper | inspect``.
+
+Each command is a thin layer over the library. A failure is one sentence on standard error and exit code 1; a usage error is
+click's exit code 2. With ``--json`` standard output holds one JSON document and nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import bitnet_ref
+from bitnet_ref import kernels
+from bitnet_ref.errors import BitnetRefError
+
+__all__ = ["main"]
+
+FAILURES = (BitnetRefError, ValueError, TypeError, OSError, MemoryError)
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Turn the library's errors into one sentence and exit code 1."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except FAILURES as error:
+            raise click.ClickException(" ".join(str(error).split()) or type(error).__name__) from error
+
+    return run
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
+
+
+def emit(document: object) -> None:
+    """One JSON document on standard output; NaN and infinity would not be JSON and are refused."""
+    click.echo(json.dumps(document, indent=2, allow_nan=False))
+
+
+def bar() -> Progress:
+    """A progress bar on standard error that disappears when it is done, or says nothing where no terminal is."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(bitnet_ref.__version__, prog_name="bitnet-ref")
+def main() -> None:
+    """BitNet b1.58: exact ternary kernels, and the published memory, speed and energy figures regenerated.
+
+    BITNET_REF_ISA=avx2 (or scalar, avx512vnni, ...) caps the instruction set of every command.
+    """
+
+
+@main.command("kernels")
+@json_option
+@command
+def kernels_command(as_json: bool) -> None:
+    """List the kernels of this build: which exist, which this processor can run, which are chosen."""
+    rows = list(kernels.table())
+    if as_json:
+        emit(rows)
+        return
+    table = Table(box=None, header_style="bold")
+    for column in rows[0]:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*("yes" if value is True else "-" if value is False else str(value) for value in row.values()))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+@main.command()
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the random inputs.")
+@click.option(
+    "--examples",
+    type=click.IntRange(min=1),
+    default=20,
+    show_default=True,
+    help="Random examples of each kind per kernel.",
+)
+@json_option
+@command
+def verify(seed: int, examples: int, as_json: bool) -> None:
+    """Check every kernel that can run here against the NumPy reference; exact, at awkward shapes.
+
+    Dense random, near-constant and worst-case inputs. Exit code 1 at the first difference, naming kernel, shape and index.
+    """
+    from bitnet_ref import verify as checks
+
+    names = kernels.supported("gemv", "gemm", "lut")
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as progress:
+        task = progress.add_task("verifying", total=len(names))
+
+        def advance(name: str, cases: int) -> None:
+            progress.update(task, advance=1, description=f"verified {name}")
+
+        report = checks.run(seed=seed, examples=examples, progress=advance)
+    if as_json:
+        emit(
+            {
+                "kernels": [str(name) for name in report.kernels],
+                "cases": report.cases,
+                "seed": report.seed,
+                "equal": True,
+            }
+        )
+    else:
+        click.echo(
+            f"{len(report.kernels)} kernels equal the reference exactly on {report.cases} cases "
+            f"(seed {report.seed}, instruction sets {', '.join(sorted({n.isa for n in names}, key=kernels.ISAS.get))})"
+        )
+
+
+@main.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("report"),
+    show_default=True,
+    help="Folder for report.html, results.json and figures/.",
+)
+@click.option("--quick", is_flag=True, help="Fewer shapes and repeats: under a minute.")
+@click.option(
+    "--weights",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Also show the weight distribution of this model file.",
+)
+@json_option
+@command
+def paper(out: Path, quick: bool, weights: Path | None, as_json: bool) -> None:
+    """Measure this machine and write the report: memory, energy and speed beside the published figures."""
+    from bitnet_ref import report
+
+    words = ["bitnet-ref", "paper", "--out", str(out), *(["--quick"] if quick else [])]
+    words += ["--weights", weights.name] if weights else []
+    with bar() as progress:
+        task = progress.add_task("starting", total=1.0)
+        page = report.build(
+            out,
+            quick=quick,
+            weights=weights,
+            command=shlex.join(words),
+            progress=lambda label, fraction: progress.update(task, description=label, completed=fraction),
+        )
+    if as_json:
+        emit({"report": str(page), "results": str(page.parent / "results.json")})
+    else:
+        click.echo(f"report written to {page}")
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@json_option
+@command
+def inspect(file: Path, as_json: bool) -> None:
+    """Show the tensors of a safetensors or GGUF file and what ternarisation would do to them.
+
+    For float matrices: the absmean scale, the fraction of zeros, the entropy in bits per weight, and the relative error
+    (Frobenius norm of the difference over that of the weights).
+    """
+    from bitnet_ref.formats import inspect_file
+
+    with bar() as progress:
+        task = progress.add_task("reading", total=1.0)
+
+        def advance(done: int, total: int, name: str) -> None:
+            progress.update(task, total=total, completed=done, description=name[:40])
+
+        found = inspect_file(file, progress=advance)
+    if as_json:
+        emit(found.as_dict())
+        return
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(
+        f"{found.path}: {found.format}, {found.file_bytes:,} bytes, {len(found.tensors)} tensors", highlight=False
+    )
+    for key, value in found.metadata.items():
+        console.print(f"  {key} = {value}", highlight=False, markup=False)
+    table = Table(box=None, header_style="bold")
+    for column in ("tensor", "shape", "type"):
+        table.add_column(column)
+    for column in ("bytes", "scale", "zeros", "entropy", "rel. error"):
+        table.add_column(column, justify="right")
+    table.add_column("note")
+    for tensor in found.tensors:
+        table.add_row(
+            tensor.name,
+            " x ".join(map(str, tensor.shape)),
+            tensor.type,
+            f"{tensor.stored_bytes:,}",
+            _number(tensor.scale, ".4g"),
+            _number(tensor.fraction_zeros, ".1%"),
+            _number(tensor.entropy_bits, ".3f"),
+            _number(tensor.relative_error, ".3f"),
+            "already ternary" if tensor.already_ternary else tensor.note or "",
+        )
+    console.print(table)
+    for note in found.notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "" if value is None else format(value, spec)
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,8 @@ VENV ?= .venv
 CC ?= cc
 OUT ?= report
 BIN := $(VENV)/bin
+# The build calls meson, ninja, cython and python3 by name.
+export PATH := $(abspath $(BIN)):$(PATH)
 SOURCES := $(shell find bitnet_ref pyx templates paper_figures -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null) \
            meson.build meson.options pyproject.toml README.md
 

@@ -61,9 +61,7 @@ def _decode(data: np.ndarray) -> np.ndarray:
     if (index > 13).any():
         t, b, p, r = first_true(index > 13)
         byte = 320 * b + 64 * (p // 2) + r
-        raise TL2.unused(
-            f"index {index[t, b, p, r]} (above 13)", t, byte, data[t, byte], 64 * t + r, 24 * b + 3 * p
-        )
+        raise TL2.unused(f"index {index[t, b, p, r]} (above 13)", t, byte, data[t, byte], 64 * t + r, 24 * b + 3 * p)
     if (negative & (index == 0)).any():
         t, b, p, r = first_true(negative & (index == 0))
         byte = 320 * b + 256 + r

@@ -1,0 +1,110 @@
+"""Causal attention with grouped key/value heads, and the cache of keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from bitnet_ref.reference.config import ModelConfig
+
+__all__ = ["KVCache", "attention"]
+
+Trace = Callable[[str, np.ndarray], None]
+
+
+class KVCache:
+    """Keys (already rotated) and values of the tokens so far, for every layer.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    capacity : int, optional
+        Most tokens; the context of the model if not given. All layers keep all tokens, those with a sliding window too:
+        the window is a mask.
+
+    Raises
+    ------
+    ValueError
+        If capacity is not between 1 and the context of the model.
+
+    Attributes
+    ----------
+    length : int
+        Tokens that every layer holds. Set it to a smaller number to forget the last tokens.
+    """
+
+    def __init__(self, config: ModelConfig, capacity: int | None = None) -> None:
+        capacity = config.context if capacity is None else capacity
+        if not 1 <= capacity <= config.context:
+            raise ValueError(f"capacity must lie between 1 and the context of {config.context} tokens, got {capacity}")
+        shape = (config.layers, capacity, config.kv_heads, config.head_dim)
+        self._keys, self._values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        self.capacity = capacity
+        self.length = 0
+
+    def store(self, layer: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Put T tokens behind the `length` that the cache holds; `length` itself is for the caller to raise.
+
+        Parameters
+        ----------
+        layer : int
+        k, v : ndarray of shape (T, KV, D), float32
+
+        Returns
+        -------
+        k, v : ndarray of shape (length + T, KV, D), float32
+            Views of all tokens of that layer.
+        """
+        end = self.length + len(k)
+        if end > self.capacity:
+            raise ValueError(f"the cache holds at most {self.capacity} tokens, got {end}")
+        self._keys[layer, self.length : end] = k
+        self._values[layer, self.length : end] = v
+        return self._keys[layer, :end], self._values[layer, :end]
+
+
+def attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, window: int | None = None, trace: Trace | None = None
+) -> np.ndarray:
+    """Softmax attention of the last T of S tokens.
+
+        out[t, h] = sum over s of softmax over s(scale * q[t, h] . k[s, h // G]) v[s, h // G]
+
+    Token t of the T stands at position p = S - T + t. It sees the positions s <= p and, with a window, of these only
+    s > p - window. Query head h reads key/value head h // G, where G = H / KV.
+
+    Parameters
+    ----------
+    q : ndarray of shape (T, H, D), float32
+    k, v : ndarray of shape (S, KV, D), float32
+    scale : float
+    window : int, optional
+    trace : callable(name, array), optional
+        Called with ``scores`` (before the mask) and ``probabilities``, each of shape (H, T, S), float32.
+
+    Returns
+    -------
+    ndarray of shape (T, H, D), float32
+
+    Notes
+    -----
+    Computed in float64 and rounded once at the end, so that the result depends neither on the order of summation nor on
+    how many tokens are processed at once.
+    """
+    (t, h, d), (s, kv, _) = q.shape, k.shape
+    q64 = q.astype(np.float64).transpose(1, 0, 2).reshape(kv, h // kv, t, d)
+    k64, v64 = (a.astype(np.float64).transpose(1, 0, 2)[:, None] for a in (k, v))  # (KV, 1, S, D)
+    scores = (q64 @ k64.swapaxes(-1, -2)) * scale  # (KV, G, T, D) @ (KV, 1, D, S) -> (KV, G, T, S)
+    position = np.arange(s - t, s)[:, None]  # (T, 1)
+    hidden = np.arange(s) > position  # (T, S)
+    if window is not None:
+        hidden |= np.arange(s) <= position - window
+    masked = np.where(hidden, -np.inf, scores)
+    weights = np.exp(masked - masked.max(axis=-1, keepdims=True))  # the diagonal is never hidden, so max is finite
+    weights /= weights.sum(axis=-1, keepdims=True)
+    if trace is not None:
+        trace("scores", scores.reshape(h, t, s).astype(np.float32))
+        trace("probabilities", weights.reshape(h, t, s).astype(np.float32))
+    out = weights @ v64  # (KV, G, T, S) @ (KV, 1, S, D) -> (KV, G, T, D)
+    return out.reshape(h, t, d).transpose(1, 0, 2).astype(np.float32)  # (T, H, D)

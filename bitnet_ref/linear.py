@@ -73,10 +73,9 @@ class BitLinear:
             raise TypeError(f"out must be a float32 array, got {getattr(out, 'dtype', type(out).__name__)}")
         elif out.shape != shape or not out.flags.c_contiguous or not out.flags.writeable:
             raise ValueError(f"out must be a writable C-contiguous array of shape {shape}, got shape {out.shape}")
-        # int32 and float32 have one size, so the sums need no memory of their own: convert in place, then scale.
+        # int32 and float32 have one size, so the sums lie in out itself until they are scaled.
         sums = matmul(x_q, self.w_packed, kernel=kernel, n_threads=n_threads, out=out.view(np.int32))
-        np.copyto(out, sums, casting="unsafe")
-        return np.multiply(out, x_scale * self.w_scale, out=out)
+        return np.multiply(sums, x_scale * self.w_scale, out=out, dtype=np.float32, casting="unsafe")
 
     def __repr__(self) -> str:
         return f"BitLinear({self.w_packed!r}, w_scale={self.w_scale:.6g})"

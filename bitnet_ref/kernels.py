@@ -31,6 +31,8 @@ from bitnet_ref.errors import KernelUnavailable
 from bitnet_ref.reference.packing import PackedTernary, get_scheme
 
 __all__ = [
+    "COMPILER",
+    "HAS_OPENMP",
     "ISAS",
     "MAX_K",
     "Kernel",
@@ -39,6 +41,7 @@ __all__ = [
     "get",
     "isa_cap",
     "matmul",
+    "processor_isas",
     "read_all",
     "resolve_threads",
     "select",
@@ -105,6 +108,12 @@ class KernelName(str):
 
 _COMPILED = tuple(KernelName(name) for name in _table.COMPILED)
 COMPILER = _table.COMPILER
+HAS_OPENMP = threads.has_openmp()
+
+
+def processor_isas() -> tuple[str, ...]:
+    """Instruction sets of :data:`ISAS` that this processor and its operating system support, in rising rank."""
+    return cpu.supported_isas()
 
 
 def compiled(*ops: str) -> tuple[KernelName, ...]:
@@ -138,8 +147,8 @@ def isa_cap() -> str | None:
         raise KernelUnavailable(f"BITNET_REF_ISA must be one of {', '.join(ISAS)}, got {cap!r}")
     if cap not in built:
         raise KernelUnavailable(f"BITNET_REF_ISA={cap}: this build has no such kernels, only {', '.join(built)}")
-    if cap not in cpu.supported_isas():
-        raise KernelUnavailable(f"BITNET_REF_ISA={cap}: this processor supports only {', '.join(cpu.supported_isas())}")
+    if cap not in processor_isas():
+        raise KernelUnavailable(f"BITNET_REF_ISA={cap}: this processor supports only {', '.join(processor_isas())}")
     return cap
 
 
@@ -147,9 +156,7 @@ def supported(*ops: str) -> tuple[KernelName, ...]:
     """Those of :func:`compiled` that this processor can run and ``BITNET_REF_ISA`` allows."""
     cap = isa_cap()
     return tuple(
-        name
-        for name in compiled(*ops)
-        if name.isa in cpu.supported_isas() and (cap is None or ISAS[name.isa] <= ISAS[cap])
+        name for name in compiled(*ops) if name.isa in processor_isas() and (cap is None or ISAS[name.isa] <= ISAS[cap])
     )
 
 
@@ -182,10 +189,8 @@ def get(name: str) -> Kernel:
     if name not in _COMPILED:
         raise KernelUnavailable(f"no kernel is called {name!r}; bitnet_ref.kernels.compiled() lists them")
     name = KernelName(name)
-    if name.isa not in cpu.supported_isas():
-        raise KernelUnavailable(
-            f"{name} needs {name.isa}, this processor supports only {', '.join(cpu.supported_isas())}"
-        )
+    if name.isa not in processor_isas():
+        raise KernelUnavailable(f"{name} needs {name.isa}, this processor supports only {', '.join(processor_isas())}")
     if name not in supported(name.op):
         raise KernelUnavailable(f"{name} needs {name.isa}, BITNET_REF_ISA={isa_cap()} forbids it")
     return _load(name)
@@ -357,7 +362,7 @@ def resolve_threads(n_threads: int | None) -> int:
     n = operator.index(n_threads)
     if not 1 <= n <= 1024:
         raise ValueError(f"n_threads must be between 1 and 1024, got {n}")
-    return n if threads.has_openmp() else 1
+    return n if HAS_OPENMP else 1
 
 
 def table() -> Iterator[dict[str, object]]:

@@ -259,11 +259,15 @@ class Kernel:
         return _limits.multiply_adds(self._capsule, n_steps, resolve_threads(n_threads))
 
     def build_tables(self, x_q: np.ndarray) -> np.ndarray:
-        """The lookup tables of one token: int8 of shape (n_groups, 2, 16), as ``reference.packing.tables_*`` defines them.
+        """The lookup tables of one token, as ``reference.packing.tables_tl1`` and ``tables_tl2`` define them.
 
         Parameters
         ----------
         x_q : ndarray of shape (K,), int8
+
+        Returns
+        -------
+        ndarray of shape (n_groups, 2, 16), int8
 
         Raises
         ------
@@ -362,7 +366,7 @@ def resolve_threads(n_threads: int | None) -> int:
     n = operator.index(n_threads)
     if not 1 <= n <= 1024:
         raise ValueError(f"n_threads must be between 1 and 1024, got {n}")
-    return n if HAS_OPENMP else 1
+    return n if threads.has_openmp() else 1
 
 
 def table() -> Iterator[dict[str, object]]:

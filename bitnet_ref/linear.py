@@ -16,7 +16,7 @@ class BitLinear:
     """``y ~ x @ (w_scale * w_q).T`` with int8 activations and packed ternary weights, without bias.
 
         x_q, x_scale = quantize_activations(x)
-        y            = float32(matmul(x_q, w_packed)) * (x_scale * w_scale)            [2B4T, Section 2], [B158, Eq. 1-3]
+        y            = float32(matmul(x_q, w_packed)) * (x_scale * w_scale)        [2B4T, Section 2]
 
     The result equals :func:`bitnet_ref.reference.matmul.linear` to the last bit, in every packing.
 

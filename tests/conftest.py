@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, settings
 import bitnet_ref as br
 from bitnet_ref._native import cpu, threads
 
-# Python processes that tests start shall import the installed package, not the source folder that they happen to start in.
+# Python processes that tests start shall import the installed package, not the source folder that they happen to
+# start in.
 os.environ["PYTHONSAFEPATH"] = "1"
 
 settings.register_profile(

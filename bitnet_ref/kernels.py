@@ -207,6 +207,8 @@ class Kernel:
         self, x_q: np.ndarray, packed: PackedTernary, *, n_threads: int | None = None, out: np.ndarray | None = None
     ) -> np.ndarray:
         """Exact product of int8 activations with a packed ternary matrix; see :func:`bitnet_ref.matmul`."""
+        if not isinstance(packed, PackedTernary):
+            raise TypeError(f"packed must be a PackedTernary, made by bitnet_ref.pack, got {type(packed).__name__}")
         scheme = get_scheme(packed.scheme)
         m, k = packed.shape
         if self.name.op not in PRODUCTS:
@@ -229,8 +231,10 @@ class Kernel:
             out = np.empty(shape, np.int32)
         elif not isinstance(out, np.ndarray) or out.dtype != np.int32:
             raise TypeError(f"out must be an int32 array, got {getattr(out, 'dtype', type(out).__name__)}")
-        elif out.shape != shape or not out.flags.c_contiguous or not out.flags.writeable:
-            raise ValueError(f"out must be a writable C-contiguous array of shape {shape}, got {_describe(out)}")
+        elif out.shape != shape or not out.flags.carray:
+            raise ValueError(
+                f"out must be a writable, aligned, C-contiguous array of shape {shape}, got {_describe(out)}"
+            )
         _matmul.matmul(
             self._capsule,
             _table_builder(self.name)._capsule if _needs_tables(packed.scheme) else None,
@@ -331,8 +335,10 @@ def matmul(
         If the named kernel does not exist or cannot run here.
     """
     if kernel is None:
-        tokens = x_q.size // max(1, packed.shape[1]) if isinstance(x_q, np.ndarray) else 1
-        kernel = select("gemv" if tokens == 1 else "gemm", packed.scheme)
+        if not isinstance(packed, PackedTernary):
+            raise TypeError(f"packed must be a PackedTernary, made by bitnet_ref.pack, got {type(packed).__name__}")
+        one_token = isinstance(x_q, np.ndarray) and x_q.size == packed.shape[1]
+        kernel = select("gemv" if one_token else "gemm", packed.scheme)
     elif not isinstance(kernel, Kernel):
         kernel = get(kernel)
     return kernel(x_q, packed, n_threads=n_threads, out=out)
@@ -361,8 +367,8 @@ def resolve_threads(n_threads: int | None) -> int:
     """
     if n_threads is None:
         return threads.default_threads()
-    if isinstance(n_threads, bool):
-        raise TypeError("n_threads must be an integer or None, got a bool")
+    if isinstance(n_threads, bool) or not hasattr(n_threads, "__index__"):
+        raise TypeError(f"n_threads must be an integer or None, got {type(n_threads).__name__}")
     n = operator.index(n_threads)
     if not 1 <= n <= 1024:
         raise ValueError(f"n_threads must be between 1 and 1024, got {n}")
@@ -403,8 +409,9 @@ def _table_builder(name: KernelName) -> Kernel:
 
 
 def _describe(array: np.ndarray) -> str:
-    kind = "" if array.flags.c_contiguous else "non-contiguous "
-    return f"{'' if array.flags.writeable else 'read-only '}{kind}shape {array.shape}"
+    flags = {"read-only": not array.flags.writeable, "unaligned": not array.flags.aligned}
+    flags["non-contiguous"] = not array.flags.c_contiguous
+    return " ".join([*(word for word, holds in flags.items() if holds), f"shape {array.shape}"])
 
 
 if __name__ == "__main__":

@@ -173,7 +173,9 @@ def test_refuses_other_outputs():
     read_only = np.zeros((2, 9), F32)
     read_only.setflags(write=False)
     for out in (np.zeros((2, 8), F32), np.zeros(9, F32), np.zeros((1, 2, 9), F32), np.zeros((9, 2), F32).T, read_only):
-        with pytest.raises(ValueError, match=r"^out must be a writable C-contiguous array of shape \(2, 9\), got "):
+        with pytest.raises(
+            ValueError, match=r"^out must be a writable, aligned, C-contiguous array of shape \(2, 9\), got "
+        ):
             layer(x, out=out)
 
 
@@ -189,7 +191,7 @@ def test_refuses_what_is_no_packed_matrix():
 @pytest.mark.parametrize("w_scale", [np.nan, np.inf, -np.inf, np.ones(2, F32), [1.0]])
 def test_refuses_scales(w_scale):
     packed = br.pack(np.ones((2, 3), np.int8), "i2")
-    with pytest.raises(ValueError, match=r"^w_scale must be one finite number, got"):
+    with pytest.raises(ValueError, match=r"^w_scale must be one finite float32 number, got"):
         br.BitLinear(packed, w_scale)
 
 

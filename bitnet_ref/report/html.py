@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 import bitnet_ref
 from bitnet_ref import paper_figures
-from bitnet_ref.measure.energy import COUNTED, LEFT_OUT
+from bitnet_ref.measure.energy import COUNTED, LEFT_OUT, arithmetic_ratio
 from bitnet_ref.paper_figures import (
     main_shape,
     percent,
@@ -632,6 +632,7 @@ def render(results: Row, figures: list[Figure]) -> str:
             for section in ("memory", "energy", "speed", "weights")
         },
         references=references(),
+        arithmetic_ratio=arithmetic_ratio(),
         counted=COUNTED,
         left_out=LEFT_OUT,
         shapes=shapes,

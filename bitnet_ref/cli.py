@@ -1,7 +1,7 @@
 """The command line: ``bitnet-ref kernels | verify | paper | inspect``.
 
-Each command is a thin layer over the library. A failure is one sentence on standard error and exit code 1; a usage error is
-click's exit code 2. With ``--json`` standard output holds one JSON document and nothing else.
+Each command is a thin layer over the library. A failure is one sentence on standard error and exit code 1; a usage
+error is click's exit code 2. With ``--json`` standard output holds one JSON document and nothing else.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,8 @@ def kernels_command(as_json: bool) -> None:
 def verify(seed: int, examples: int, as_json: bool) -> None:
     """Check every kernel that can run here against the NumPy reference; exact, at awkward shapes.
 
-    Dense random, near-constant and worst-case inputs. Exit code 1 at the first difference, naming kernel, shape and index.
+    Dense random, near-constant and worst-case inputs. Exit code 1 at the first difference, naming kernel, shape and
+    index.
     """
     from bitnet_ref import verify as checks
 

@@ -1,6 +1,7 @@
 """The exceptions that bitnet_ref raises beyond the built-in ones.
 
-Wrong shapes and values raise ``ValueError``, wrong dtypes ``TypeError``; the classes here are for what has no built-in name.
+Wrong shapes and values raise ``ValueError``, wrong dtypes ``TypeError``; the classes here are for what has no
+built-in name.
 """
 
 from __future__ import annotations

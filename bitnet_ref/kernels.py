@@ -31,6 +31,8 @@ from bitnet_ref.errors import KernelUnavailable
 from bitnet_ref.reference.packing import PackedTernary, get_scheme
 
 __all__ = [
+    "COMPILER",
+    "HAS_OPENMP",
     "ISAS",
     "MAX_K",
     "Kernel",
@@ -39,6 +41,7 @@ __all__ = [
     "get",
     "isa_cap",
     "matmul",
+    "processor_isas",
     "read_all",
     "resolve_threads",
     "select",
@@ -105,6 +108,12 @@ class KernelName(str):
 
 _COMPILED = tuple(KernelName(name) for name in _table.COMPILED)
 COMPILER = _table.COMPILER
+HAS_OPENMP = threads.has_openmp()
+
+
+def processor_isas() -> tuple[str, ...]:
+    """Instruction sets of :data:`ISAS` that this processor and its operating system support, in rising rank."""
+    return cpu.supported_isas()
 
 
 def compiled(*ops: str) -> tuple[KernelName, ...]:
@@ -138,8 +147,8 @@ def isa_cap() -> str | None:
         raise KernelUnavailable(f"BITNET_REF_ISA must be one of {', '.join(ISAS)}, got {cap!r}")
     if cap not in built:
         raise KernelUnavailable(f"BITNET_REF_ISA={cap}: this build has no such kernels, only {', '.join(built)}")
-    if cap not in cpu.supported_isas():
-        raise KernelUnavailable(f"BITNET_REF_ISA={cap}: this processor supports only {', '.join(cpu.supported_isas())}")
+    if cap not in processor_isas():
+        raise KernelUnavailable(f"BITNET_REF_ISA={cap}: this processor supports only {', '.join(processor_isas())}")
     return cap
 
 
@@ -147,9 +156,7 @@ def supported(*ops: str) -> tuple[KernelName, ...]:
     """Those of :func:`compiled` that this processor can run and ``BITNET_REF_ISA`` allows."""
     cap = isa_cap()
     return tuple(
-        name
-        for name in compiled(*ops)
-        if name.isa in cpu.supported_isas() and (cap is None or ISAS[name.isa] <= ISAS[cap])
+        name for name in compiled(*ops) if name.isa in processor_isas() and (cap is None or ISAS[name.isa] <= ISAS[cap])
     )
 
 
@@ -182,10 +189,8 @@ def get(name: str) -> Kernel:
     if name not in _COMPILED:
         raise KernelUnavailable(f"no kernel is called {name!r}; bitnet_ref.kernels.compiled() lists them")
     name = KernelName(name)
-    if name.isa not in cpu.supported_isas():
-        raise KernelUnavailable(
-            f"{name} needs {name.isa}, this processor supports only {', '.join(cpu.supported_isas())}"
-        )
+    if name.isa not in processor_isas():
+        raise KernelUnavailable(f"{name} needs {name.isa}, this processor supports only {', '.join(processor_isas())}")
     if name not in supported(name.op):
         raise KernelUnavailable(f"{name} needs {name.isa}, BITNET_REF_ISA={isa_cap()} forbids it")
     return _load(name)
@@ -202,6 +207,8 @@ class Kernel:
         self, x_q: np.ndarray, packed: PackedTernary, *, n_threads: int | None = None, out: np.ndarray | None = None
     ) -> np.ndarray:
         """Exact product of int8 activations with a packed ternary matrix; see :func:`bitnet_ref.matmul`."""
+        if not isinstance(packed, PackedTernary):
+            raise TypeError(f"packed must be a PackedTernary, made by bitnet_ref.pack, got {type(packed).__name__}")
         scheme = get_scheme(packed.scheme)
         m, k = packed.shape
         if self.name.op not in PRODUCTS:
@@ -224,8 +231,10 @@ class Kernel:
             out = np.empty(shape, np.int32)
         elif not isinstance(out, np.ndarray) or out.dtype != np.int32:
             raise TypeError(f"out must be an int32 array, got {getattr(out, 'dtype', type(out).__name__)}")
-        elif out.shape != shape or not out.flags.c_contiguous or not out.flags.writeable:
-            raise ValueError(f"out must be a writable C-contiguous array of shape {shape}, got {_describe(out)}")
+        elif out.shape != shape or not out.flags.carray:
+            raise ValueError(
+                f"out must be a writable, aligned, C-contiguous array of shape {shape}, got {_describe(out)}"
+            )
         _matmul.matmul(
             self._capsule,
             _table_builder(self.name)._capsule if _needs_tables(packed.scheme) else None,
@@ -254,11 +263,15 @@ class Kernel:
         return _limits.multiply_adds(self._capsule, n_steps, resolve_threads(n_threads))
 
     def build_tables(self, x_q: np.ndarray) -> np.ndarray:
-        """The lookup tables of one token: int8 of shape (n_groups, 2, 16), as ``reference.packing.tables_*`` defines them.
+        """The lookup tables of one token, as ``reference.packing.tables_tl1`` and ``tables_tl2`` define them.
 
         Parameters
         ----------
         x_q : ndarray of shape (K,), int8
+
+        Returns
+        -------
+        ndarray of shape (n_groups, 2, 16), int8
 
         Raises
         ------
@@ -322,8 +335,10 @@ def matmul(
         If the named kernel does not exist or cannot run here.
     """
     if kernel is None:
-        tokens = x_q.size // max(1, packed.shape[1]) if isinstance(x_q, np.ndarray) else 1
-        kernel = select("gemv" if tokens == 1 else "gemm", packed.scheme)
+        if not isinstance(packed, PackedTernary):
+            raise TypeError(f"packed must be a PackedTernary, made by bitnet_ref.pack, got {type(packed).__name__}")
+        one_token = isinstance(x_q, np.ndarray) and x_q.size == packed.shape[1]
+        kernel = select("gemv" if one_token else "gemm", packed.scheme)
     elif not isinstance(kernel, Kernel):
         kernel = get(kernel)
     return kernel(x_q, packed, n_threads=n_threads, out=out)
@@ -352,8 +367,8 @@ def resolve_threads(n_threads: int | None) -> int:
     """
     if n_threads is None:
         return threads.default_threads()
-    if isinstance(n_threads, bool):
-        raise TypeError("n_threads must be an integer or None, got a bool")
+    if isinstance(n_threads, bool) or not hasattr(n_threads, "__index__"):
+        raise TypeError(f"n_threads must be an integer or None, got {type(n_threads).__name__}")
     n = operator.index(n_threads)
     if not 1 <= n <= 1024:
         raise ValueError(f"n_threads must be between 1 and 1024, got {n}")
@@ -394,8 +409,9 @@ def _table_builder(name: KernelName) -> Kernel:
 
 
 def _describe(array: np.ndarray) -> str:
-    kind = "" if array.flags.c_contiguous else "non-contiguous "
-    return f"{'' if array.flags.writeable else 'read-only '}{kind}shape {array.shape}"
+    flags = {"read-only": not array.flags.writeable, "unaligned": not array.flags.aligned}
+    flags["non-contiguous"] = not array.flags.c_contiguous
+    return " ".join([*(word for word, holds in flags.items() if holds), f"shape {array.shape}"])
 
 
 if __name__ == "__main__":

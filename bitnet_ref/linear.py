@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bitnet_ref.kernels import matmul
+from bitnet_ref.reference.matmul import checked_scale
 from bitnet_ref.reference.packing import PackedTernary
 from bitnet_ref.reference.quantize import quantize_activations
 
@@ -16,7 +17,7 @@ class BitLinear:
     """``y ~ x @ (w_scale * w_q).T`` with int8 activations and packed ternary weights, without bias.
 
         x_q, x_scale = quantize_activations(x)
-        y            = float32(matmul(x_q, w_packed)) * (x_scale * w_scale)            [2B4T, Section 2], [B158, Eq. 1-3]
+        y            = float32(matmul(x_q, w_packed)) * (x_scale * w_scale)        [2B4T, Section 2]
 
     The result equals :func:`bitnet_ref.reference.matmul.linear` to the last bit, in every packing.
 
@@ -29,19 +30,16 @@ class BitLinear:
     Raises
     ------
     TypeError
-        If w_packed is not a PackedTernary.
+        If w_packed is not a PackedTernary, or w_scale not a number.
     ValueError
-        If w_scale is not one finite number.
+        If w_scale is not one finite float32 number.
     """
 
     def __init__(self, w_packed: PackedTernary, w_scale: np.float32 | float) -> None:
         if not isinstance(w_packed, PackedTernary):
             raise TypeError(f"w_packed must be a PackedTernary, made by bitnet_ref.pack, got {type(w_packed).__name__}")
-        scale = np.asarray(w_scale, np.float32)
-        if scale.ndim != 0 or not np.isfinite(scale):
-            raise ValueError(f"w_scale must be one finite number, got {w_scale}")
         self.w_packed = w_packed
-        self.w_scale = np.float32(scale)
+        self.w_scale = checked_scale(w_scale)
 
     def __call__(
         self, x: ArrayLike, *, out: np.ndarray | None = None, kernel: str | None = None, n_threads: int | None = None
@@ -71,12 +69,13 @@ class BitLinear:
             out = np.empty(shape, np.float32)
         elif not isinstance(out, np.ndarray) or out.dtype != np.float32:
             raise TypeError(f"out must be a float32 array, got {getattr(out, 'dtype', type(out).__name__)}")
-        elif out.shape != shape or not out.flags.c_contiguous or not out.flags.writeable:
-            raise ValueError(f"out must be a writable C-contiguous array of shape {shape}, got shape {out.shape}")
-        # int32 and float32 have one size, so the sums need no memory of their own: convert in place, then scale.
+        elif out.shape != shape or not out.flags.carray:
+            raise ValueError(
+                f"out must be a writable, aligned, C-contiguous array of shape {shape}, got shape {out.shape}"
+            )
+        # int32 and float32 have one size, so the sums lie in out itself until they are scaled.
         sums = matmul(x_q, self.w_packed, kernel=kernel, n_threads=n_threads, out=out.view(np.int32))
-        np.copyto(out, sums, casting="unsafe")
-        return np.multiply(out, x_scale * self.w_scale, out=out)
+        return np.multiply(sums, x_scale * self.w_scale, out=out, dtype=np.float32, casting="unsafe")
 
     def __repr__(self) -> str:
         return f"BitLinear({self.w_packed!r}, w_scale={self.w_scale:.6g})"

@@ -8,9 +8,9 @@
         w_q, x_q = problem
         assert (my_kernel(w_q, x_q) == x_q.astype("int32") @ w_q.T.astype("int32")).all()
 
-Shapes are drawn around whole tiles and blocks and shrink towards 1 x 1. Arrays come from three kinds, because each misses what
-another finds: element by element (shrinks well, but mostly holds one value), dense from a drawn seed (no symmetry to hide
-behind), and constant at the extremes (fills accumulators). Needs the extra ``[testing]``.
+Shapes are drawn around whole tiles and blocks and shrink towards 1 x 1. Arrays come from three kinds, because each
+misses what another finds: element by element (shrinks well, but mostly holds one value), dense from a drawn seed (no
+symmetry to hide behind), and constant at the extremes (fills accumulators). Needs the extra ``[testing]``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Check every kernel that can run here against the NumPy reference: exact integers, awkward shapes, three kinds of input.
+"""Check every kernel that can run here against the reference: exact, at awkward shapes, on three kinds of input.
 
-Each kind finds what the others miss. Dense random weights show a wrong order of digits or rows. Near-constant ones sit at
-few distinct values, where a forgotten correction shows. Worst cases (all weights +1 or -1, all activations 127 or -128) fill
-accumulators to their bound, which random data never does.
+Each kind finds what the others miss. Dense random weights show a wrong order of digits or rows. Near-constant ones
+sit at few distinct values, where a forgotten correction shows. Worst cases (all weights +1 or -1, all activations 127
+or -128) fill accumulators to their bound, which random data never does.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from libc.string cimport memcpy, memset
 
 from kernel_abi cimport lut_t, matmul_t
 
-# Multiply-add kernels keep sums of up to 162 * 128 per column in int32, so longer rows are cut (kernel_abi, interleaved_rows).
+# Multiply-add kernels keep sums of up to 242 * 128 per column in int32, so longer rows are cut (interleaved_rows.pyx.j2).
 cdef Py_ssize_t SEGMENT = 65536
 # Bytes of operands (activations, or tables) that a pass over the weights works on: they stay in a second-level cache.
 cdef Py_ssize_t OPERAND_BYTES = 262144

@@ -12,6 +12,10 @@ from hypothesis import HealthCheck, settings
 import bitnet_ref as br
 from bitnet_ref._native import cpu, threads
 
+# Python processes that tests start shall import the installed package, not the source folder that they happen to
+# start in.
+os.environ["PYTHONSAFEPATH"] = "1"
+
 settings.register_profile(
     "deterministic", derandomize=True, database=None, deadline=None, print_blob=True, max_examples=40
 )

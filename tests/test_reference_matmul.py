@@ -96,5 +96,5 @@ def test_linear_of_a_zero_token_is_zero():
 
 @pytest.mark.parametrize("w_scale", [np.nan, np.inf, np.ones(2, F32)])
 def test_linear_refuses_scales(w_scale):
-    with pytest.raises(ValueError, match="w_scale must be one finite number"):
+    with pytest.raises(ValueError, match="w_scale must be one finite float32 number"):
         linear(np.ones(5, F32), pack(np.ones((3, 5), np.int8), "i2"), w_scale)

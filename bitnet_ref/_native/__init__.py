@@ -7,8 +7,8 @@
     pyx/cpu.pyx            ------> cpu.so               which instruction sets may run here
     pyx/threads.pyx, limits.pyx                         OpenMP's offer; read bandwidth and int8 peak
 
-A variant is imported only after cpu.supported_isas() has named its instruction set: with per-module flags even a module's
-initialisation may use the wide registers. bitnet_ref/kernels.py is the only importer.
+A variant is imported only after cpu.supported_isas() has named its instruction set: with per-module flags even a
+module's initialisation may use the wide registers. bitnet_ref/kernels.py is the only importer.
 """
 
 try:

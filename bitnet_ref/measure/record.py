@@ -11,9 +11,7 @@ from pathlib import Path
 import cpuinfo
 import numpy as np
 
-import bitnet_ref
-from bitnet_ref import kernels
-from bitnet_ref._native import cpu, threads
+from bitnet_ref import __version__, kernels
 
 __all__ = ["cache_bytes", "commit", "record"]
 
@@ -38,17 +36,17 @@ def record(command: str) -> dict[str, object]:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command,
-        "version": bitnet_ref.__version__,
+        "version": __version__,
         "commit": commit(),
         "cpu": cpuinfo.get_cpu_info().get("brand_raw", platform.processor() or "unknown"),
         "cores": _cores(),
         "cache_bytes": cache_bytes(),
         "memory_bytes": _memory_bytes(),
-        "isas": list(cpu.supported_isas()),
+        "isas": list(kernels.processor_isas()),
         "isa_cap": kernels.isa_cap(),
         "active": {f"{row['op']} {row['scheme']}": row["name"] for row in kernels.table() if row["active"]},
         "compiler": kernels.COMPILER,
-        "openmp": threads.has_openmp(),
+        "openmp": kernels.HAS_OPENMP,
         "threads": kernels.resolve_threads(None),
         "python": platform.python_version(),
         "numpy": np.__version__,

@@ -1,13 +1,16 @@
-"""How fast the kernels are, beside NumPy, the honest scalar kernel and the machine's own limits, in one interleaved run.
+"""How fast the kernels are, beside NumPy, the scalar kernel and the machine's own limits, in one interleaved run.
 
 Method
 ------
 - Nothing is timed that has not just given the exact result on the very data that is timed.
-- Decoding reads every weight once, so one-token products cycle over copies that together hold twice the last-level cache:
+- Decoding reads every weight once, so one-token products cycle over copies that together hold twice the last-level
+  cache:
   weights are cold, as they are in a model. Products of 128 tokens work on one matrix.
-- All programs take turns within a round, and so does the streaming-read probe: a change in the machine's speed hits all of
+- All programs take turns within a round, and so does the streaming-read probe: a change in the machine's speed hits
+  all of
   them. Figures are medians over rounds, with quartiles.
-- A probe of the same rounds and thread count gives ``read_bandwidth_fraction``: packed bytes per second over bytes that the
+- A probe of the same rounds and thread count gives ``read_bandwidth_fraction``: packed bytes per second over bytes
+  that the
   machine can read at all. It may exceed 1 a little, since the probe is an ordinary C loop and not a bound by proof.
 """
 
@@ -70,7 +73,8 @@ def measure(
         kind, program, kernel, op, scheme, isa, m, k, tokens, threads, median_ns, low_ns, high_ns (quartiles), repeats,
         weights_per_s (tokens * m * k per second), weight_bytes, read_bandwidth_fraction, verified.
     limits : list of dict
-        kind, what (read_bandwidth or int8_multiply_adds), isa, threads, median_per_s, low_per_s, high_per_s, unit, repeats.
+        kind, what (read_bandwidth or int8_multiply_adds), isa, threads, median_per_s, low_per_s, high_per_s, unit,
+        repeats.
 
     Raises
     ------

@@ -66,9 +66,9 @@ def linear(x: ArrayLike, packed: PackedTernary, w_scale: np.float32 | float) -> 
     Raises
     ------
     TypeError
-        If x is not floating point.
+        If x is not floating point, or w_scale not a number.
     ValueError
-        If x has the wrong shape or is not finite, or w_scale is not one finite number.
+        If x has the wrong shape or is not finite, or w_scale is not one finite float32 number.
 
     Notes
     -----
@@ -76,9 +76,19 @@ def linear(x: ArrayLike, packed: PackedTernary, w_scale: np.float32 | float) -> 
     roundings: the product ``x_scale * w_scale`` once per token; the conversion of acc, to nearest even (exact below
     2**24); their product. Multiplying acc by one scale after the other would round differently.
     """
-    w_scale = np.asarray(w_scale, np.float32)
-    if w_scale.ndim != 0 or not np.isfinite(w_scale):
-        raise ValueError(f"w_scale must be one finite number, got {w_scale}")
+    w_scale = checked_scale(w_scale)
     x_q, x_scale = quantize_activations(x)
     scale = x_scale * w_scale  # (..., 1) float32
     return matmul(x_q, packed).astype(np.float32) * scale  # (..., M)
+
+
+def checked_scale(w_scale: np.float32 | float) -> np.float32:
+    """The scale of a weight matrix as float32; TypeError unless a number, ValueError unless one and finite."""
+    value = np.asarray(w_scale)
+    if value.dtype.kind not in "fiu":
+        raise TypeError(f"w_scale must be a number, got {type(w_scale).__name__}")
+    with np.errstate(over="ignore"):  # too large for float32 becomes infinity, and is refused as such
+        value = value.astype(np.float32)
+    if value.ndim != 0 or not np.isfinite(value):
+        raise ValueError(f"w_scale must be one finite float32 number, got {w_scale}")
+    return np.float32(value)

@@ -64,7 +64,26 @@ def get_scheme(name: str) -> Scheme:
 
 
 def pack(w_q: np.ndarray, scheme: str) -> PackedTernary:
-    """Bytes of an int8 matrix of -1, 0 and 1 under the named scheme; see :meth:`Scheme.pack`."""
+    """Pack a ternary matrix.
+
+    Parameters
+    ----------
+    w_q : ndarray of shape (M, K), int8, values in {-1, 0, 1}; M >= 1, K >= 1. Not modified.
+    scheme : str
+        One of :func:`schemes`.
+
+    Returns
+    -------
+    PackedTernary
+        Its ``unpack()`` gives w_q back exactly.
+
+    Raises
+    ------
+    TypeError
+        If w_q is not an int8 array.
+    ValueError
+        If the scheme is unknown, or w_q is not 2-D, has no element or holds another value; the message says where.
+    """
     return get_scheme(scheme).pack(w_q)
 
 

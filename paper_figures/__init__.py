@@ -1,0 +1,221 @@
+"""Figures of the report, one module each. A figure reads results and nothing else: nothing is timed or computed here
+that is not a sum, a difference or a ratio of what stands in the results.
+
+Every figure module has
+
+- ``SECTION``, the key of the results that it needs, and the section of the report that it belongs to;
+- ``KINDS``, which of measured, modelled and quoted its figures are;
+- ``CAPTION``, what is shown, of which kind and from which source;
+- ``draw(results)``, which returns a matplotlib ``Figure``.
+
+It runs as a script, too: ``python -m bitnet_ref.paper_figures.fig_roofline results.json roofline.pdf``.
+
+No figure uses pyplot, so neither a display nor a choice of backend is needed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+
+__all__ = [
+    "FIGURES",
+    "NUMPY_COLOUR",
+    "PART_COLOURS",
+    "QUOTED",
+    "kernel_colours",
+    "kernel_label",
+    "kernels_in",
+    "load",
+    "main",
+    "main_shape",
+    "name_rows",
+    "peak_macs_per_s",
+    "percent",
+    "plain_log_ticks",
+    "read_bandwidth",
+    "save",
+    "select",
+    "shape_label",
+    "styled",
+    "thread_counts",
+    "threads_label",
+    "three_digits",
+    "title",
+]
+
+FIGURES = (
+    "fig_memory_steps",
+    "fig_memory_rivals",
+    "fig_memory_embedding",
+    "fig_energy_published",
+    "fig_energy_left_out",
+    "fig_gemv_speed",
+    "fig_gemv_shapes",
+    "fig_gemv_bandwidth",
+    "fig_gemm_speed",
+    "fig_roofline",
+    "fig_weights",
+)
+"""Modules of this package, in the order of the report."""
+
+STYLE = Path(__file__).with_name("style.mplstyle")
+
+# Okabe and Ito's palette: distinct with every common colour blindness.
+BLUE, VERMILION, GREEN, PINK, SKY, ORANGE, GREY = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#E69F00",
+    "#8A8A8A",
+)
+_SERIES = (BLUE, VERMILION, GREEN, PINK, SKY, ORANGE)
+NUMPY_COLOUR = GREY
+PART_COLOURS = {
+    "body": BLUE,
+    "embedding": ORANGE,
+    "cache": GREEN,
+    "linear": BLUE,
+    "attention": PINK,
+    "head": ORANGE,
+    "moved": GREEN,
+}
+"""Parts of a model keep their colour through all figures."""
+
+QUOTED: dict[str, Any] = {"facecolor": "white", "edgecolor": "#444444", "hatch": "/////", "linewidth": 0.8}
+"""Bars of quoted figures are hatched, those of modelled and measured ones are filled."""
+
+_LARGEST_FFN = (6912, 2560)
+
+
+def load(name: str) -> ModuleType:
+    """The figure module of this name."""
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def styled(draw: Callable[[dict[str, Any]], Figure]) -> Callable[[dict[str, Any]], Figure]:
+    """Make `draw` use the style file, whatever settings the caller has."""
+
+    @functools.wraps(draw)
+    def wrapper(results: dict[str, Any]) -> Figure:
+        with matplotlib.rc_context(fname=STYLE):
+            return draw(results)
+
+    return wrapper
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure; the type follows the suffix. The same figure gives the same bytes: no date is stored."""
+    metadata: dict[str, Any] = {".pdf": {"CreationDate": None}, ".png": {"Software": None}}.get(path.suffix, {})
+    with matplotlib.rc_context(fname=STYLE):
+        figure.savefig(path, metadata=metadata)
+
+
+def main(draw: Callable[[dict[str, Any]], Figure]) -> None:
+    """Draw from the command line: arguments are results.json and the file to write."""
+    if len(sys.argv) != 3:
+        raise SystemExit(f"usage: {Path(sys.argv[0]).name} results.json output.png|output.pdf")
+    save(draw(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))), Path(sys.argv[2]))
+
+
+def title(figure: Figure, text: str) -> None:
+    """Put the subject or finding over the whole figure, left-aligned."""
+    figure.suptitle(text, x=0.012, ha="left", fontsize=10, fontweight="bold")
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """A share as it is printed everywhere: 0.5 -> "50 %"."""
+    return f"{100 * share:.{digits}f} %"
+
+
+def three_digits(value: float) -> str:
+    """Three significant digits, never in powers of ten."""
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
+
+
+def plain_log_ticks(axis: Axis) -> None:
+    """Write 0.1, 1, 10 at the ticks of a logarithmic axis, whose unit is a power of ten itself."""
+    axis.set_major_formatter(lambda value, _: f"{value:,g}")
+
+
+# ------------------------------------------------------------------------------------------------------ speed rows
+Rows = list[dict[str, Any]]
+
+
+def select(rows: Iterable[dict[str, Any]], **where: Any) -> Rows:
+    """The rows whose columns have these values."""
+    return [row for row in rows if all(row[key] == value for key, value in where.items())]
+
+
+def main_shape(rows: Rows) -> tuple[int, int]:
+    """(M, K) that single-shape figures show: gate and up of BitNet b1.58 2B4T if measured, else the largest."""
+    shapes = {(row["m"], row["k"]) for row in rows}
+    return _LARGEST_FFN if _LARGEST_FFN in shapes else max(shapes, key=lambda shape: (shape[0] * shape[1], shape))
+
+
+def thread_counts(rows: Rows) -> list[int]:
+    """The thread counts that were measured, in rising order."""
+    return sorted({row["threads"] for row in rows})
+
+
+def threads_label(threads: int) -> str:
+    return f"{threads} thread" if threads == 1 else f"{threads} threads"
+
+
+def shape_label(shape: tuple[int, int]) -> str:
+    return f"{shape[0]} × {shape[1]}"
+
+
+def kernels_in(rows: Rows) -> list[str]:
+    """Kernel names in the order of the results, which is that of the registry, NumPy last."""
+    names = dict.fromkeys(row["kernel"] for row in rows if row["program"] != "numpy")
+    return [*names, *dict.fromkeys(row["kernel"] for row in rows if row["program"] == "numpy")]
+
+
+def kernel_label(name: str) -> str:
+    return "NumPy float32" if name == "numpy_float32" else name
+
+
+def kernel_colours(rows: Rows) -> dict[str, str]:
+    """Kernel name -> colour of its scheme."""
+    schemes = list(dict.fromkeys(row["scheme"] for row in rows if row["scheme"] is not None))
+    colours = dict(zip(schemes, _SERIES, strict=False))
+    return {row["kernel"]: colours.get(row["scheme"], NUMPY_COLOUR) for row in rows}
+
+
+def read_bandwidth(limits: Rows, threads: int) -> float | None:
+    """Measured read bandwidth at this number of threads, bytes/s; None if it was not measured."""
+    found = select(limits, what="read_bandwidth", threads=threads)
+    return found[0]["median_per_s"] if found else None
+
+
+def peak_macs_per_s(limits: Rows, isa: str | None, threads: int) -> float | None:
+    """Measured int8 multiply-add rate of an instruction set, MAC/s; None without one.
+
+    An instruction set without a probe of its own (avx512vbmi adds permutes; its multiply-adds are those of avx512vnni)
+    takes the highest that was measured.
+    """
+    peaks = {row["isa"]: row["median_per_s"] for row in select(limits, what="int8_multiply_adds", threads=threads)}
+    if isa is None or not peaks:
+        return None
+    return peaks.get(isa, max(peaks.values()))
+
+
+def name_rows(axes: Axes, names: list[str]) -> None:
+    """Label horizontal rows with kernel names, the first on top."""
+    axes.set_yticks(range(len(names)), [kernel_label(name) for name in names], family="monospace", fontsize=7.5)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)

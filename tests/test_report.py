@@ -1,0 +1,504 @@
+"""The report: from results to figures to one page, without measuring anything.
+
+Memory and energy are the real tables. The rows of speed are MADE UP here, by a rule that gives easy numbers: they test
+how the report shows measurements, not any measurement.
+"""
+
+import importlib
+import itertools
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from bitnet_ref import paper_figures, report
+from bitnet_ref.errors import BitnetRefError
+from bitnet_ref.measure import energy
+from bitnet_ref.measure.provenance import KINDS
+from bitnet_ref.report import html
+
+# The package has a function of the same name.
+collecting = importlib.import_module("bitnet_ref.report.collect")
+
+# Kernel -> (op, scheme, isa, bits a weight, made-up 10^9 weights/s on one thread).
+MADE_UP_KERNELS = {
+    "gemv_i8_i2_4x64__scalar": ("gemv", "i2", "scalar", 2.0, 2.0),
+    "gemv_i8_i2_4x64__avx2": ("gemv", "i2", "avx2", 2.0, 80.0),
+    "gemv_i8_base3_5x64__scalar": ("gemv", "base3", "scalar", 1.6, 1.5),
+    "gemv_i8_base3_5x64__avx512vbmi": ("gemv", "base3", "avx512vbmi", 1.6, 123.0),
+    "gemm_i8_i2_4x64__scalar": ("gemm", "i2", "scalar", 2.0, 2.5),
+    "gemm_i8_i2_4x64__avx2": ("gemm", "i2", "avx2", 2.0, 180.0),
+    "gemm_i8_base3_5x64__avx512vbmi": ("gemm", "base3", "avx512vbmi", 1.6, 1234.0),
+}
+MADE_UP_BANDWIDTH = {1: 30e9, 2: 40e9}
+
+
+def made_up_speed(threads=(1, 2), shapes=((2560, 2560), (6912, 2560))):
+    rows = []
+    for tokens, (m, k), count in itertools.product((1, 128), shapes, threads):
+        programs = [(name, *about) for name, about in MADE_UP_KERNELS.items()]
+        programs = [p for p in programs if p[1] == ("gemv" if tokens == 1 else "gemm")]
+        programs.append(("numpy_float32", programs[0][1], None, None, 32.0, 6.0 if tokens == 1 else 60.0))
+        for name, op, scheme, isa, bits, rate in programs:
+            ns = tokens * m * k / (rate * (1.25 if count > 1 else 1.0))
+            weight_bytes = int(m * k * bits / 8)
+            rows.append(
+                {
+                    "kind": "measured",
+                    "program": "numpy" if scheme is None else "bitnet_ref",
+                    "kernel": name,
+                    "op": op,
+                    "scheme": scheme,
+                    "isa": isa,
+                    "weight_bytes": weight_bytes,
+                    "m": m,
+                    "k": k,
+                    "tokens": tokens,
+                    "threads": count,
+                    "median_ns": ns,
+                    "low_ns": 0.9 * ns,
+                    "high_ns": 1.2 * ns,
+                    "repeats": 7,
+                    "weights_per_s": tokens * m * k / ns * 1e9,
+                    "read_bandwidth_fraction": weight_bytes / ns * 1e9 / MADE_UP_BANDWIDTH[count],
+                    "verified": True,
+                }
+            )
+    return rows
+
+
+def made_up_limits(threads=(1, 2)):
+    def limit(what, isa, count, rate, unit):
+        spread = {"median_per_s": rate, "low_per_s": 0.9 * rate, "high_per_s": 1.1 * rate}
+        return {"kind": "measured", "what": what, "isa": isa, "threads": count, **spread, "unit": unit, "repeats": 7}
+
+    rows = [limit("read_bandwidth", None, count, MADE_UP_BANDWIDTH[count], "B/s") for count in threads]
+    for isa, rate in (("scalar", 3e9), ("avx2", 200e9), ("avx512vnni", 1500e9)):
+        rows += [limit("int8_multiply_adds", isa, count, rate * count, "MAC/s") for count in threads]
+    return rows
+
+
+RECORD = {
+    "date": "2026-01-01T00:00:00+00:00",
+    "command": "a test",
+    "version": "0",
+    "commit": None,
+    "cpu": "made-up <processor> & co",
+    "cores": 2,
+    "cache_bytes": 2**25,
+    "memory_bytes": None,
+    "isas": ["scalar", "avx2"],
+    "isa_cap": None,
+    "active": {"gemv i2": "gemv_i8_i2_4x64__avx2"},
+    "openmp": True,
+    "load_average": [0.1, 0.2, 0.3],
+    "quick": False,
+    "seconds": 12.0,
+}
+
+
+def made_up_results(**changes):
+    return {
+        "record": RECORD,
+        **collecting.modelled_results(),
+        "speed": made_up_speed(),
+        "limits": made_up_limits(),
+        "energy_measured": {"kind": "measured", "available": False, "reason": "not available: made up"},
+        **changes,
+    }
+
+
+@pytest.fixture
+def weight_file(tmp_path):
+    """Two Gaussian linear layers and a norm, as a safetensors file."""
+    safetensors = pytest.importorskip("safetensors.numpy")
+    rng = np.random.default_rng(0)
+    tensors = {f"model.layers.{i}.mlp.up_proj.weight": rng.normal(size=(96, 128)).astype(np.float32) for i in range(2)}
+    tensors["model.norm.weight"] = np.ones(128, np.float32)
+    path = tmp_path / "made_up.safetensors"
+    safetensors.save_file(tensors, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """(results, directory) of a written report without weights."""
+    results = made_up_results()
+    out = tmp_path_factory.mktemp("report") / "not" / "there" / "yet"
+    assert report.write(results, out) == out / "report.html"
+    return results, out
+
+
+def tables_in(value, where="results"):
+    """Every list of dictionaries in the results, with a name for it."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from tables_in(item, f"{where}.{key}")
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        yield where, value
+
+
+class Page(HTMLParser):
+    """What a page loads and refers to, its ids, and its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.loads, self.links, self.ids, self.words = set(), [], [], set(), []
+        self.feed(text)
+        self.text = re.sub(r"\s+", " ", "".join(self.words))
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        attrs = dict(attrs)
+        self.loads += [attrs[name] for name in ("src", "srcset", "data", "action", "poster") if name in attrs]
+        self.links += [attrs["href"]] if "href" in attrs else []
+        self.ids |= {attrs["id"]} if "id" in attrs else set()
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+# ------------------------------------------------------------------------------------------------------- results
+def test_every_row_names_its_kind(weight_file):
+    results = made_up_results(weights=collecting.weight_results(weight_file))
+    found = dict(tables_in(results))
+    assert set(found) >= {
+        "results.memory",
+        "results.energy",
+        "results.energy_parts",
+        "results.energy_left_out",
+        "results.energy_bitnet_table",
+        "results.energy_b158",
+        "results.energy_implied_watts",
+        "results.speed",
+        "results.limits",
+        "results.weights.tensors",
+    }
+    for where, rows in found.items():
+        for row in rows:
+            kinds = [value for key, value in row.items() if key == "kind" or key.endswith("_kind")]
+            assert kinds and set(kinds) <= set(KINDS), (where, row)
+
+
+def test_six_energies_and_all_memory_tables():
+    results = collecting.modelled_results()
+    assert [row["model"] for row in results["energy"]] == list(energy.PUBLISHED_JOULES)
+    assert {row["table"] for row in results["memory"]} == {"steps", "body", "embedding", "rivals", "kv"}
+
+
+def test_parts_add_up_to_the_last_case():
+    parts = collecting.energy_parts_rows()
+    whole = {(row.phase, row.model): row.joules for row in energy.left_out_rows() if row.case.endswith("memory")}
+    assert len(parts) == 4 * len(whole)
+    for (phase, model), joules in whole.items():
+        # The same four terms in another order: equal but for rounding.
+        assert sum(row["joules"] for row in paper_figures.select(parts, phase=phase, model=model)) == pytest.approx(
+            joules, rel=1e-12
+        )
+
+
+def test_collect_asks_for_speed_once_and_reports_progress(monkeypatch, weight_file):
+    asked, seen = [], []
+
+    def measure(quick, progress):
+        asked.append(quick)
+        progress("half", 0.5)
+        return made_up_speed(), made_up_limits()
+
+    monkeypatch.setattr(collecting.speed, "measure", measure)
+    monkeypatch.setattr(collecting, "record", lambda command: {"command": command})
+    monkeypatch.setattr(collecting, "measure_energy", lambda seconds: {"kind": "measured", "available": False})
+    results = report.collect(quick=True, weights=weight_file, command="x", progress=lambda *call: seen.append(call))
+    assert asked == [True]
+    assert set(results) == {
+        *("record", "limits", "speed", "memory", "energy", "weights"),
+        *("energy_parts", "energy_left_out", "energy_bitnet_table", "energy_b158", "energy_implied_watts"),
+        "energy_measured",
+    }
+    assert results["record"]["quick"] is True and results["record"]["seconds"] >= 0
+    fractions = [fraction for _, fraction in seen]
+    assert fractions == sorted(fractions) and fractions[0] >= 0 and fractions[-1] <= 1
+
+
+def test_a_bad_weight_file_fails_before_anything_is_timed(monkeypatch, tmp_path):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(b"not a model")
+    monkeypatch.setattr(collecting.speed, "measure", lambda *_: pytest.fail("timed"))
+    with pytest.raises(BitnetRefError):
+        report.build(tmp_path / "out", quick=True, weights=path, command="x")
+    assert not list((tmp_path / "out").iterdir())
+
+
+# ------------------------------------------------------------------------------------------------- energy counters
+@pytest.fixture
+def counter(tmp_path):
+    """A powercap directory with one zone whose counter stands at 0."""
+    zone = tmp_path / "powercap" / "intel-rapl:0"
+    zone.mkdir(parents=True)
+    (zone / "name").write_text("package-0\n")
+    (zone / "max_energy_range_uj").write_text("1000000000000\n")
+    (zone / "energy_uj").write_text("0\n")
+    return zone / "energy_uj"
+
+
+def test_no_counter_is_said_so(tmp_path):
+    found = collecting.measure_energy(0.01, root=tmp_path / "none")
+    assert found["available"] is False and found["reason"].startswith("not available: ")
+
+
+def test_joules_for_1e9_weights(counter):
+    def work():  # 2 J for 4e9 weights
+        counter.write_text(str(int(counter.read_text()) + 2_000_000))
+        return 4_000_000_000
+
+    found = collecting.measure_energy(0.02, work, counter.parents[1])
+    idle, loaded = found["rows"]
+    assert (idle["joules"], idle["joules_per_1e9_weights"]) == (0, None)
+    assert loaded["joules"] >= 2 and loaded["joules_per_1e9_weights"] == pytest.approx(0.5, rel=1e-12)  # rounding only
+    page = html.render(made_up_results(energy_measured=found), [])
+    assert "intel-rapl:0 package-0" in page and "not available" not in Page(page).text
+
+
+# --------------------------------------------------------------------------------------------------------- files
+def test_results_file_holds_the_results(written):
+    results, out = written
+    assert json.loads((out / "results.json").read_text(encoding="utf-8")) == results
+
+
+def test_figures_are_png_and_pdf(written):
+    _, out = written
+    names = [name for name in paper_figures.FIGURES if name != "fig_weights"]
+    assert sorted(path.name for path in (out / "figures").iterdir()) == sorted(
+        name + suffix for name in names for suffix in (".png", ".pdf")
+    )
+    for name in names:
+        assert (out / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (out / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    assert sorted(path.name for path in out.iterdir()) == ["figures", "report.html", "results.json"]
+
+
+def test_page_is_self_contained(written):
+    _, out = written
+    text = (out / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.tags.isdisjoint({"script", "link", "iframe", "object", "embed", "base"})
+    assert len(page.loads) == len(paper_figures.FIGURES) - 1
+    assert all(load.startswith("data:image/png;base64,") for load in page.loads)
+    assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
+    outside_images = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", text)
+    assert "url(" not in outside_images and "@import" not in outside_images and "://" not in outside_images
+
+
+def test_page_has_every_figure_with_kinds_and_every_section(written):
+    _, out = written
+    page = Page((out / "report.html").read_text(encoding="utf-8"))
+    assert page.ids >= {"summary", "memory", "energy", "speed", "machine", "references"}
+    assert "weights" not in page.ids
+    for name in paper_figures.FIGURES:
+        module = paper_figures.load(name)
+        assert set(module.KINDS) <= set(KINDS) and module.KINDS
+        assert (name in page.ids) == (name != "fig_weights")
+        if name in page.ids:
+            assert module.CAPTION in page.text
+
+
+def test_page_prints_no_missing_or_infinite_number(written):
+    _, out = written
+    text = Page((out / "report.html").read_text(encoding="utf-8")).text
+    assert not re.search(r"\b(nan|NaN|inf|None|True|False)\b", text)
+
+
+def test_text_from_outside_is_escaped(written):
+    _, out = written
+    text = (out / "report.html").read_text(encoding="utf-8")
+    assert "made-up &lt;processor&gt; &amp; co" in text and "<processor>" not in text
+
+
+def test_summary_numbers(written):
+    _, out = written
+    summary = re.search(r'<section class="box".*?</section>', (out / "report.html").read_text(encoding="utf-8"), re.S)
+    text = Page(summary[0]).text
+    # Memory and energy: the figures that the 2B4T architecture must give. Speed: the made-up rates above, their share
+    # of the made-up bandwidth (123e9 * 1.6 / 8 / 30e9 = 82 %) and their ratios.
+    for expected in (
+        *("412.9 MB", "416.8 MB", "521.0 MB", "1,179.4 MB", "4.09 times", "56 %"),
+        *("within 0.7 %", "72 %", "85 to 96 %", "48 to 81 %", "41 to 78 %"),
+        "Not available: made up",
+        "On 1 thread gemv_i8_base3_5x64__avx512vbmi does 123 · 10⁹ weights a second, 82 % of the read bandwidth, "
+        "20.5 times NumPy float32",
+        "gemm_i8_base3_5x64__avx512vbmi does 1,234 · 10⁹ multiply-adds a second",
+    ):
+        assert expected in text, expected
+
+
+def test_a_disturbed_run_says_so():
+    quiet = made_up_results()
+    assert html.cautions(quiet) == []
+    assert "Caution" not in html.render(quiet, [])
+    busy = made_up_results(record={**RECORD, "load_average": [1.5, 1.0, 1.0]})
+    for row in busy["speed"]:
+        if row["tokens"] == 1 and row["threads"] == 2:
+            row["weights_per_s"] /= 100
+    load, slow = html.cautions(busy)
+    assert "1.5 on 2 processors" in load
+    assert "With 1 token, 2 threads were slower than 1 thread (1.54 against 123 · 10⁹/s)" in slow
+    assert html.render(busy, []).count("Caution.") == 2
+
+
+def test_best_table_divides_by_the_scalar_kernel_of_the_same_packing():
+    table = html._best_gemv_table(made_up_results())
+    cells = {(row[0], row[1]): row[2:] for row in table.cells}
+    assert cells["i2", "1"] == ("gemv_i8_i2_4x64__avx2", "80.0", "67", "40.0", "13.3")
+    assert cells["base3", "2"] == ("gemv_i8_base3_5x64__avx512vbmi", "153.8", "77", "82.0", "20.5")
+
+
+def test_columns_with_numbers_name_unit_and_kind(weight_file):
+    results = made_up_results(weights=collecting.weight_results(weight_file))
+    without_unit = {"threads", "tokens", "rounds", "scale"}
+    for table in itertools.chain.from_iterable(html.tables(results).values()):
+        assert table.sources and table.cells
+        for column in table.columns:
+            if column.numeric:
+                assert column.unit or column.heading in without_unit, (table.title, column)
+                assert column.kind in KINDS or column.heading in {"threads", "tokens"}, (table.title, column)
+
+
+def test_references_are_those_of_the_package_and_cover_the_page(written):
+    _, out = written
+    known = dict(html.references())
+    assert known["[2B4T]"].startswith("BitNet b1.58 2B4T Technical Report")
+    text = Page((out / "report.html").read_text(encoding="utf-8")).text
+    cited = {f"[{key}]" for key in re.findall(r"\[([A-Za-z0-9.-]*[A-Za-z][A-Za-z0-9.-]*)[\],]", text)}
+    assert "[2B4T]" in cited and cited <= set(known)
+
+
+# ------------------------------------------------------------------------------------------------------- failures
+def test_a_failing_figure_leaves_no_report(monkeypatch, tmp_path):
+    monkeypatch.setattr(paper_figures.load("fig_roofline"), "draw", lambda results: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        report.write(made_up_results(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failing_run_keeps_the_old_report(monkeypatch, tmp_path):
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "report.html").write_text("old")
+    (tmp_path / "figures" / "fig_roofline.png").write_text("old")
+    monkeypatch.setattr(report, "render", lambda results, figures: 1 / 0)
+    monkeypatch.setattr(report, "figures_of", lambda results, folder: [])
+    with pytest.raises(ZeroDivisionError):
+        report.write(made_up_results(), tmp_path)
+    assert (tmp_path / "report.html").read_text() == "old"
+    assert (tmp_path / "figures" / "fig_roofline.png").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figures", "report.html"]
+
+
+def test_nan_is_refused(tmp_path):
+    results = made_up_results()
+    results["speed"][0]["median_ns"] = float("nan")
+    with pytest.raises(ValueError, match="JSON"):
+        report.write(results, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_that_cannot_be_is_refused_before_measuring(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(report, "collect", lambda **_: pytest.fail("measured"))
+    with pytest.raises(BitnetRefError, match="directory"):
+        report.build(tmp_path / "file", quick=True, weights=None, command="x")
+
+
+# -------------------------------------------------------------------------------------------------------- figures
+def test_weights_section(weight_file, tmp_path):
+    results = made_up_results(weights=collecting.weight_results(weight_file))
+    assert str(weight_file.parent) not in json.dumps(results["weights"])
+    folder = tmp_path / "figures"
+    folder.mkdir()
+    (drawn,) = html.figures_of({"weights": results["weights"]}, folder)
+    assert (folder / "fig_weights.png").exists() and drawn.section == "weights"
+    page = Page(html.render(results, [drawn]))
+    assert {"weights", "fig_weights"} <= page.ids
+    assert "made_up.safetensors" in page.text and "model.layers.1.mlp.up_proj.weight" in page.text
+
+
+@pytest.mark.parametrize("name", [name for name in paper_figures.FIGURES if re.match("fig_(gem|roof)", name)])
+def test_one_thread_and_one_shape_can_be_drawn(name, tmp_path):
+    results = {"speed": made_up_speed((1,), ((640, 2560),)), "limits": made_up_limits((1,))}
+    paper_figures.save(paper_figures.load(name).draw(results), tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_no_text_is_cut_off():
+    rng = np.random.default_rng(0)
+    layer = {"role": "linear", "fraction_zeros": 0.31, "relative_error": 0.52}
+    counts = rng.integers(0, 9, 160).tolist()
+    histogram = {"edges": np.linspace(-4, 4, 161).tolist(), "counts": counts, "n_outside": 3, "fraction_zeros": 0.31}
+    weights = {"file": "made_up.safetensors", "tensors": [layer] * 9, "histogram": histogram}
+    results = made_up_results(weights=weights)
+    for name in paper_figures.FIGURES:
+        figure = paper_figures.load(name).draw(results)
+        FigureCanvasAgg(figure).draw()
+        texts = [*figure.texts, *itertools.chain.from_iterable(legend.get_texts() for legend in figure.legends)]
+        for axes in figure.axes:
+            # The title of an axes is one of three places.
+            texts += [*axes.texts, axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label]
+            texts += axes.get_legend().get_texts() if axes.get_legend() else []
+        assert any(text.get_text() == figure.get_suptitle() != "" for text in texts)
+        for text in texts:
+            box = text.get_window_extent()
+            inside = figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+            inside &= figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
+            assert inside or not text.get_text(), (name, text.get_text(), box)
+
+
+def test_figures_are_the_same_bytes_each_time(tmp_path):
+    draw = paper_figures.load("fig_memory_embedding").draw
+    for suffix in ("png", "pdf"):
+        first, second = tmp_path / f"1.{suffix}", tmp_path / f"2.{suffix}"
+        for path in (first, second):
+            paper_figures.save(draw(collecting.modelled_results()), path)
+        assert first.read_bytes() == second.read_bytes()
+
+
+def test_steps_of_memory_split_without_loss():
+    steps = {
+        row["step"]: row["mb"] for row in paper_figures.select(collecting.modelled_results()["memory"], table="steps")
+    }
+    parts = paper_figures.load("fig_memory_steps")._parts(steps)
+    for step, total in steps.items():
+        assert sum(parts[step]) == pytest.approx(total, rel=1e-12)  # sums and differences of the same numbers
+    assert parts["+ embedding in f16"][1] == pytest.approx(656.67072)  # 128,256 x 2560 values of two bytes
+    assert parts["+ KV cache, 2048 tokens"][2] == pytest.approx(157.2864)  # 150 MiB
+
+
+def test_peak_of_an_instruction_set_without_a_probe_is_the_highest():
+    limits = made_up_limits()
+    assert paper_figures.peak_macs_per_s(limits, "avx2", 1) == 200e9
+    assert paper_figures.peak_macs_per_s(limits, "avx512vbmi", 2) == 3000e9
+    assert paper_figures.peak_macs_per_s(limits, None, 1) is None
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.1234, "0.123"), (12.34, "12.3"), (999.6, "1,000"), (1620.4, "1,620")])
+def test_three_digits(value, text):
+    assert paper_figures.three_digits(value) == text
+
+
+def test_a_figure_runs_as_a_script(monkeypatch, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(collecting.modelled_results()))
+    monkeypatch.setattr("sys.argv", ["fig", str(tmp_path / "results.json"), str(tmp_path / "figure.pdf")])
+    paper_figures.main(paper_figures.load("fig_memory_rivals").draw)
+    assert (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_gaussian_reference_of_the_weight_figure():
+    module = paper_figures.load("fig_weights")
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=1_000_000)
+    scale = np.abs(w).mean()
+    q = np.clip(np.rint(w / scale), -1, 1)
+    # Standard errors at a million samples are below 0.0005 for both.
+    zeros, error = (q == 0).mean(), np.linalg.norm(w - scale * q) / np.linalg.norm(w)
+    assert (zeros, error) == pytest.approx((module._GAUSSIAN_ZEROS, module._GAUSSIAN_ERROR), abs=0.002)

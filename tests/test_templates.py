@@ -1,0 +1,362 @@
+"""The templates: one interface for all instruction sets, no intrinsic outside their files, bounds, and the renderer."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jinja2
+import pytest
+
+from bitnet_ref import kernels, verify
+from bitnet_ref._native import _table
+from bitnet_ref.kernels import KernelName
+from bitnet_ref.reference.packing import SCHEMES, get_scheme
+from bitnet_ref.reference.packing.tl1 import PAIRS
+from bitnet_ref.reference.packing.tl2 import TRIPLES
+
+ROOT = Path(__file__).resolve().parent.parent
+TEMPLATES = ROOT / "templates"
+
+_spec = importlib.util.spec_from_file_location("render", TEMPLATES / "render.py")
+render = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(render)
+
+ISA_FILES = sorted(path.name.removesuffix(".pyx.j2") for path in (TEMPLATES / "isa").glob("*.pyx.j2"))
+GENERIC = sorted(path for path in TEMPLATES.rglob("*.pyx.j2") if path.parent.name != "isa")
+INTRINSIC = re.compile(
+    r"\b_mm\d*_|\b__m(?:mask)?\d|\b_k[a-z]+_mask|\bv(?:ld|st)1q?_|\bv[a-z0-9]+q_[usf]\d|__builtin_|__asm__"
+)
+
+every_isa = pytest.mark.parametrize("isa", ISA_FILES)
+
+
+def without_comments(text):
+    return re.sub(r"\{#.*?#\}", "", text, flags=re.DOTALL)
+
+
+def manifest():
+    """(op, scheme, tile, [isa, ...]) of each row of templates/meson.build, read as text."""
+    text = (TEMPLATES / "meson.build").read_text(encoding="utf-8")
+    table = text[text.index("variants = [") :]
+    rows = re.findall(r"\['(\w+)',\s*'(\w+)',\s*'(\d+x\d+)',\s*\[([^]]*)\]\]", table)
+    return [(op, scheme, tile, re.findall(r"'(\w+)'", isas)) for op, scheme, tile, isas in rows]
+
+
+def overrides():
+    """scheme__isa pairs with a template of their own."""
+    text = (TEMPLATES / "meson.build").read_text(encoding="utf-8")
+    return re.findall(r"'(\w+)'", re.search(r"^overrides = \[([^]]*)\]", text, re.MULTILINE)[1])
+
+
+NAMES = [KernelName(f"{op}_i8_{scheme}_{tile}__{isa}") for op, scheme, tile, isas in manifest() for isa in isas]
+PRODUCTS = [name for name in NAMES if name.op in kernels.PRODUCTS]
+every_name = pytest.mark.parametrize("name", NAMES, ids=str)
+
+
+def template_of(name):
+    pair = f"{name.scheme}__{name.isa}"
+    return f"overrides/{pair}.pyx.j2" if pair in overrides() else f"schemes/{name.scheme}.pyx.j2"
+
+
+def source(name, env=None):
+    """The Cython text of a kernel."""
+    return render.render(env or render.environment(), name, template_of(name))
+
+
+def isa_module(isa):
+    """The instruction set's file as Jinja sees it: constants and macros."""
+    template = render.environment().get_template(f"isa/{isa}.pyx.j2")
+    return vars(template.make_module({"isa_name": isa, "rows": 4, "block": 64, "op": "gemv", "name": "x"}))
+
+
+def interface(isa):
+    """({macro: arguments}, {constant}) that the file exports."""
+    names = {name: value for name, value in isa_module(isa).items() if not name.startswith("_")}
+    macros = {n: v.arguments for n, v in names.items() if isinstance(v, jinja2.runtime.Macro)}
+    return macros, set(names) - set(macros)
+
+
+def documented_interface():
+    """The same, read from the comment at the head of isa/scalar.pyx.j2."""
+    text = (TEMPLATES / "isa" / "scalar.pyx.j2").read_text(encoding="utf-8")
+    comment = text[: text.index("-#}")]
+    constants, rest = comment[comment.index("constants ") + len("constants ") :].split("expressions ")
+    expressions, statements = rest.split("statements ")
+    calls = re.findall(r"(\w+)\(([\w, ]*)\)", expressions)
+    calls += re.findall(r"^ *(\w+)\(([\w, ]*)\)", statements, re.MULTILINE)
+    macros = {name: tuple(arguments.split(", ")) if arguments else () for name, arguments in calls}
+    lists = re.findall(r"(?:^ *|; +)(\w+(?:, \w+)*)  +", constants, re.MULTILINE)
+    return macros, {name for names in lists for name in names.split(", ")}
+
+
+# --- the interface --------------------------------------------------------------------------------------------------
+
+
+def test_scalar_documents_what_it_exports():
+    macros, constants = documented_interface()
+    assert macros == interface("scalar")[0]
+    assert constants == interface("scalar")[1]
+    assert len(macros) > 12 and len(constants) > 6  # the comment was read at all
+
+
+@every_isa
+def test_every_instruction_set_exports_the_same_interface(isa):
+    assert interface(isa) == interface("scalar")
+
+
+@every_isa
+def test_constants_have_the_same_kinds(isa):
+    mine, scalar = isa_module(isa), isa_module("scalar")
+    for name in interface("scalar")[1]:
+        assert type(mine[name]) is type(scalar[name])
+    assert mine["VB"] in (1, 16, 32, 64) and mine["TOKENS"] >= 1
+    # Row r: what codes 0..r are multiplied by; the last, its own, is what the sum is divided by.
+    for places, rows in ((mine["FIELD2_PLACES"], 4), (mine["TRIT_PLACES"], 5)):
+        assert [len(row) for row in places] == list(range(1, rows + 1))
+        assert all(row[-1] >= 1 and min(row) >= 0 for row in places)
+
+
+def test_every_instruction_set_has_a_rank_and_a_column():
+    assert set(ISA_FILES) <= set(kernels.ISAS)
+    assert {name.isa for name in NAMES} == set(ISA_FILES)
+
+
+# --- who may name what ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", GENERIC, ids=lambda path: path.name)
+def test_generic_templates_name_no_intrinsic_and_no_instruction_set(path):
+    text = without_comments(path.read_text(encoding="utf-8"))
+    assert path.parent.name == "overrides" or not INTRINSIC.search(text)
+    for line in text.splitlines():
+        # The only uses: to import the instruction set's file, and to say its name in the head of the output.
+        rest = line.replace("'isa/' ~ isa_name ~ '.pyx.j2'", "").replace("for {{ isa_name }}.", "")
+        assert "isa_name" not in rest, line
+        assert path.parent.name == "overrides" or not any(isa in rest for isa in kernels.ISAS), line
+
+
+def test_the_intrinsic_pattern_finds_intrinsics():
+    for isa in set(ISA_FILES) - {"scalar", "avx512vbmi"}:
+        text = without_comments((TEMPLATES / "isa" / f"{isa}.pyx.j2").read_text(encoding="utf-8"))
+        assert len(INTRINSIC.findall(text)) > 20
+    assert not INTRINSIC.search((TEMPLATES / "isa" / "scalar.pyx.j2").read_text(encoding="utf-8"))
+    for text in (
+        "vld1q_u8(p)",
+        "vdotq_s32(a, b, c)",
+        "__m256i x",
+        "_mm_add_epi8",
+        "_mm512_dpbusd_epi32",
+        "__mmask64 k",
+    ):
+        assert INTRINSIC.search(text), text
+
+
+def test_x86_intrinsics_are_declared_and_none_for_nothing():
+    """simd_x86.pxd declares exactly the intrinsics of the macros; C in a prologue needs no declaration."""
+    called = re.compile(r"\b(_(?:mm|k)\w+)\(")
+    declared = set(called.findall((ROOT / "pyx" / "simd_x86.pxd").read_text(encoding="utf-8")))
+    used = set()
+    for path in (TEMPLATES / "isa").glob("avx*.pyx.j2"):
+        text = re.sub(r'"""[\s\S]*?"""', "", without_comments(path.read_text(encoding="utf-8")))
+        used |= set(called.findall(text))
+    assert used == declared
+
+
+# --- the manifest ---------------------------------------------------------------------------------------------------
+
+
+def test_the_build_holds_what_the_manifest_says():
+    built = {name.isa for name in map(KernelName, _table.COMPILED)}
+    assert list(_table.COMPILED) == [name for name in NAMES if name.isa in built]
+
+
+def test_the_manifest_lists_every_product_for_every_scheme_in_rising_rank():
+    assert {(op, scheme) for op, scheme, _, _ in manifest()} >= {(op, s) for op in kernels.PRODUCTS for s in SCHEMES}
+    for _, _, _, isas in manifest():
+        ranks = [kernels.ISAS[isa] for isa in isas]
+        assert ranks == sorted(ranks) and isas[0] == "scalar"
+    assert len(set(NAMES)) == len(NAMES)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.op != "peak"], ids=str)
+def test_tiles_are_those_of_the_scheme(name):
+    scheme = get_scheme(name.scheme)
+    assert (name.rows, name.block) == (scheme.rows, scheme.block)
+
+
+def test_overrides_are_named_and_exist():
+    files = {path.name.removesuffix(".pyx.j2") for path in (TEMPLATES / "overrides").glob("*.pyx.j2")}
+    assert files == set(overrides())
+    assert files <= {f"{name.scheme}__{name.isa}" for name in NAMES}
+
+
+# --- rendering ------------------------------------------------------------------------------------------------------
+
+
+@every_name
+def test_renders_and_always_the_same(name):
+    text = source(name)
+    assert text == source(name)
+    lines = text.splitlines()
+    assert lines[0] == f"# Kernel {name}."
+    assert (
+        lines[1]
+        == f"# Generated by templates/render.py from templates/{template_of(name)} for {name.isa}. Do not edit."
+    )
+    assert not re.search(r"\{\{|\}\}|\{%|%\}|\{#|#\}", text)
+    op = "matmul" if name.op in kernels.PRODUCTS else name.op
+    assert text.count(f'KERNEL = PyCapsule_New(<void*>{op}, b"bitnet_ref.{op}/1", NULL)') == 1
+    assert text.endswith("\n")
+
+
+def test_capsule_names_are_those_of_the_contract():
+    """The tags in generated modules, in kernel_abi.pxd and in the callers are one list."""
+    abi = (ROOT / "pyx" / "kernel_abi.pxd").read_text(encoding="utf-8")
+    callers = "".join((ROOT / "pyx" / f"{stem}.pyx").read_text(encoding="utf-8") for stem in ("matmul", "limits"))
+    tags = set(re.findall(r'# "(bitnet_ref\.\w+/\d+)"', abi))
+    assert tags == set(re.findall(r'b"(bitnet_ref\.\w+/\d+)"', callers))
+    assert tags == {tag for name in NAMES for tag in re.findall(r'b"(bitnet_ref\.\w+/\d+)"', source(name))}
+    assert len(tags) == 3
+
+
+def run_render(folder, out, *arguments):
+    return subprocess.run(
+        [sys.executable, folder / "render.py", *arguments, "--out", out, "--depfile", f"{out}.d"],
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_depfile_lists_every_file_that_was_opened(tmp_path):
+    """In a folder with a space, which a depfile must escape."""
+    folder, out = tmp_path / "some templates", tmp_path / "k.pyx"
+    shutil.copytree(TEMPLATES, folder)
+    name = "gemm_i8_base3_5x64__avx512vbmi"
+    run = run_render(folder, out, "--name", name, "--template", "schemes/base3.pyx.j2")
+    assert run.returncode == 0, run.stderr
+    assert out.read_text(encoding="utf-8") == source(KernelName(name))
+    target, _, rest = Path(f"{out}.d").read_text(encoding="utf-8").partition(": ")
+    assert target == str(out)
+    files = {Path(word.replace("\\ ", " ")) for word in re.split(r"(?<!\\) ", rest.strip())}
+    expected = {"render.py", "kernel_module.pyx.j2", "interleaved_rows.pyx.j2", "schemes/base3.pyx.j2"}
+    expected |= {f"isa/{isa}.pyx.j2" for isa in ("avx512vbmi", "avx512vnni", "avx2")}
+    assert {path.resolve() for path in files} == {(folder / path).resolve() for path in expected}
+
+
+def test_depfile_of_a_table_kernel(tmp_path):
+    out = tmp_path / "k.pyx"
+    run_render(TEMPLATES, out, "--name", "gemv_i8_tl2_64x24__scalar", "--template", "schemes/tl2.pyx.j2")
+    words = Path(f"{out}.d").read_text(encoding="utf-8").split()[1:]
+    opened = {Path(word).relative_to(TEMPLATES).as_posix() for word in words}
+    assert opened == {
+        "render.py", "kernel_module.pyx.j2", "lookup_rows.pyx.j2", "schemes/tl2.pyx.j2", "isa/scalar.pyx.j2",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gemv_i2_4x64__avx2", "gemv_i8_i2_4x64_avx2", "gemv_f32_i2_4x64__avx2"])
+def test_names_of_another_form_are_refused(name, tmp_path):
+    out = tmp_path / "k.pyx"
+    run = run_render(TEMPLATES, out, "--name", name, "--template", "schemes/i2.pyx.j2")
+    assert run.returncode == 1 and not out.exists()
+    assert run.stderr == f"a kernel name has the form op_i8_scheme_RxB__isa, got {name!r}\n"
+
+
+def test_the_renderer_reads_names_as_the_registry_does():
+    for name in NAMES:
+        parts = render.NAME.fullmatch(name)
+        mine = (parts["op"], parts["act"], parts["scheme"], int(parts["rows"]), int(parts["block"]), parts["isa"])
+        assert mine == (name.op, name.act, name.scheme, name.rows, name.block, name.isa)
+
+
+def test_an_undefined_name_is_an_error(tmp_path, monkeypatch):
+    with pytest.raises(jinja2.UndefinedError, match="'nothing' is undefined"):
+        render.environment().from_string("{{ nothing }}").render()
+    # A macro that an instruction set lacks is an error too, not empty text in the middle of an expression.
+    folder = tmp_path / "templates"
+    shutil.copytree(TEMPLATES, folder)
+    path = folder / "isa" / "scalar.pyx.j2"
+    text = path.read_text(encoding="utf-8")
+    assert "macro field2(" in text
+    path.write_text(text.replace("macro field2(", "macro field(", 1), encoding="utf-8")
+    monkeypatch.setattr(render, "HERE", folder)
+    with pytest.raises(jinja2.UndefinedError, match="field2"):
+        render.render(render.environment(), "gemv_i8_i2_4x64__scalar", "schemes/i2.pyx.j2")
+
+
+# --- constants and bounds -------------------------------------------------------------------------------------------
+
+
+def test_fields_of_81_hold_the_base_3_digits():
+    fields = render.fields_of_81()
+    assert len(fields) == 128 and not any(fields[81:])
+    for d3, d2, d1, d0 in ((d, c, b, a) for d in range(3) for c in range(3) for b in range(3) for a in range(3)):
+        assert fields[27 * d3 + 9 * d2 + 3 * d1 + d0] == d3 << 6 | d2 << 4 | d1 << 2 | d0
+    assert render.environment().globals["fields_of_81"] == fields
+
+
+@pytest.mark.parametrize(("scheme", "weights"), [("tl1", PAIRS), ("tl2", TRIPLES)])
+@every_isa
+def test_table_coefficients_are_the_weights_of_each_index(scheme, weights, isa):
+    names = [name for name in NAMES if (name.op, name.scheme, name.isa) == ("lut", scheme, isa)]
+    for name in names:
+        rows = re.findall(r"^W(\d)\[:\] = (\[[-\d, ]*\])$", source(name), re.MULTILINE)
+        assert [int(index) for index, _ in rows] == list(range(weights.shape[1]))
+        assert [[int(v) for v in row.strip("[]").split(",")] for _, row in rows] == weights.T.tolist()
+    assert names or isa.startswith("avx512")  # avx512 takes avx2's builders
+
+
+@pytest.mark.parametrize("name", PRODUCTS, ids=str)
+def test_kernels_step_through_a_block_as_the_scheme_lays_it_out(name):
+    scheme = get_scheme(name.scheme)
+    text = source(name)
+    if scheme.rows == 64:  # lookup: block_bytes a block, for each 64-byte run of rows
+        assert set(re.findall(r"^ +p \+= (\d+)$", text, re.MULTILINE)) == {str(scheme.tile_block_bytes)}
+        assert set(re.findall(r"^ +table \+= (\d+)$", text, re.MULTILINE)) == {"256"}
+    else:  # interleaved rows: one byte a column
+        assert scheme.tile_block_bytes == scheme.block
+        assert set(re.findall(r"n_columns = n_blocks \* (\d+)", text)) == {str(scheme.block)}
+
+
+@every_isa
+def test_whole_vectors_fit_blocks_and_tiles(isa):
+    bytes_per_vector = isa_module(isa)["VB"]
+    for scheme in SCHEMES.values():
+        assert (64 if scheme.rows == 64 else scheme.block) % bytes_per_vector == 0
+
+
+def segment():
+    """Columns that pyx/matmul.pyx hands to a multiply-add kernel at once."""
+    text = (ROOT / "pyx" / "matmul.pyx").read_text(encoding="utf-8")
+    return int(re.search(r"SEGMENT = (\d+)", text)[1])
+
+
+@every_isa
+@pytest.mark.parametrize("places", ["FIELD2_PLACES", "TRIT_PLACES"])
+def test_sums_fit_their_lanes(isa, places):
+    """The bounds of the comments, computed: codes up to 2 at their places, activations from -128 to 127."""
+    module = isa_module(isa)
+    largest = max(2 * sum(row) for row in module[places])
+    assert largest <= 255  # codes at their places are still a byte
+    assert largest * 128 * segment() < 2**31
+    if module["PART_LIMIT"]:
+        steps = module["PART_LIMIT"] // largest
+        assert steps >= 1
+        assert steps * 2 * largest * 127 <= 2**15 - 1 and steps * 2 * largest * 128 <= 2**15  # two products a lane
+
+
+def test_table_sums_fit_their_lanes():
+    blocks = int(re.search(r"min\(b \+ (\d+), n_blocks\)", source(KernelName("gemv_i8_tl2_64x24__scalar")))[1])
+    assert 8 * 14 <= 127  # int8: a digit of each of a block's eight lookups
+    assert blocks * 8 * 3 * 128 <= 2**15 - 1  # int16: three activations an entry
+
+
+def test_verification_crosses_a_segment():
+    assert segment() == verify._SEGMENT
+    for scheme in SCHEMES.values():
+        if scheme.rows != 64:
+            assert segment() % scheme.block == 0

@@ -236,8 +236,7 @@ class Kernel:
                 f"out must be a writable, aligned, C-contiguous array of shape {shape}, got {_describe(out)}"
             )
         _matmul.matmul(
-            self._capsule,
-            _table_builder(self.name)._capsule if _needs_tables(packed.scheme) else None,
+            *self.capsules(),
             packed.data,
             m,
             k,
@@ -249,6 +248,10 @@ class Kernel:
             resolve_threads(n_threads),
         )
         return out
+
+    def capsules(self) -> tuple[Any, Any]:
+        """The compiled functions, of this variant and of its table builder (None if it has none), for ``_native.matmul``."""
+        return self._capsule, _table_builder(self.name)._capsule if _needs_tables(self.name.scheme) else None
 
     def multiply_adds(self, n_steps: int, n_threads: int | None = None) -> int:
         """Run a ``peak`` probe for ``n_steps`` rounds on each thread; returns the multiply-adds done, to be timed.

@@ -309,6 +309,10 @@ def load_json_object(path: Path, text: bytes | str | None = None) -> dict[str, A
     def no_constant(constant: str) -> Any:
         raise ValueError(f"numbers must be finite, got {constant}")
 
+    def finite(number: str) -> float:
+        value = float(number)
+        return value if math.isfinite(value) else no_constant(number)
+
     try:
         if text is None:
             if not path.is_file():
@@ -316,7 +320,7 @@ def load_json_object(path: Path, text: bytes | str | None = None) -> dict[str, A
             if path.stat().st_size > _MAX_JSON_BYTES:
                 raise FormatError(f"{path} must be at most {_MAX_JSON_BYTES:,} bytes, got {path.stat().st_size:,}")
             text = path.read_bytes()
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant, parse_float=finite)
     except FormatError:
         raise
     except (OSError, ValueError, RecursionError) as error:

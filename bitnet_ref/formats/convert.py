@@ -26,10 +26,10 @@ from bitnet_ref.formats.float_types import FLOAT_TYPES, check_float_type, encode
 from bitnet_ref.formats.gguf_file import GgufPlan, GgufStream, open_gguf_checkpoint
 from bitnet_ref.formats.gguf_names import (
     architecture_for,
+    checked_rope_factors,
     hyperparameters,
     permute_rows,
     permutes,
-    rope_factors,
     rope_of,
     tensor_to_gguf,
 )
@@ -262,7 +262,7 @@ def _write_hf(job: _Job, folder: Path) -> list[str]:
 
     folder.mkdir()
     config = hf_config(job.source.config)
-    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     assets = dict(job.source.assets)
     notes = []
     if "tokenizer.json" not in assets and "tokenizer.model" not in assets:
@@ -339,7 +339,10 @@ def _write_packed(job: _Job, path: Path, scheme: str) -> list[str]:
         scales = []
         for entry in job.ternary:
             tensor = job.load_ternary(entry)
-            stream.write(tensor.packed(scheme).data)
+            packed = tensor.packed(scheme)
+            if packed is tensor.stored:
+                tensor.w_q  # noqa: B018  refuses bytes that stand for no weights; copying them would pass them on
+            stream.write(packed.data)
             scales.append(tensor.w_scale)
             job.done(entry.name)
         for tensor, type_name in floats:
@@ -372,6 +375,12 @@ def _write_gguf(job: _Job, path: Path, target: str, i2s_layout: str) -> list[str
             check_tq_shape(entry.name, entry.shape, type_name)
     values = hyperparameters(config, architecture)
     head_dim = values["rope.dimension_count"]
+    embedding = source.entries.get("model.embed_tokens.weight")
+    if embedding is None or embedding.shape[0] != values["vocab_size"]:
+        raise ValueError(
+            f"the embedding must have vocab_size = {values['vocab_size']} rows, got "
+            f"{'none' if embedding is None else embedding.shape[0]}"
+        )
     scale_tensors = target != "i2_s" and architecture == "bitnet"
 
     plans, floats = [], {}
@@ -391,7 +400,7 @@ def _write_gguf(job: _Job, path: Path, target: str, i2s_layout: str) -> list[str
     theta, scaling = rope_of(config)
     factors = None
     if scaling is not None and scaling["rope_type"] == "llama3":
-        factors = rope_factors(scaling, theta, head_dim)
+        factors = checked_rope_factors(scaling, theta, head_dim)
         plans.append(GgufPlan("rope_freqs.weight", factors.shape, "F32"))
 
     metadata, notes = _gguf_metadata(source, architecture, values)

@@ -219,8 +219,10 @@ class _Source:
     def load_linear(self) -> TernaryTensor | FloatTensor:
         """The integers if the tensor is ternary, else the floats as they are."""
         tensor = self.tensor
-        if len(tensor.shape) != 2:
-            raise FormatError(f"tensor {tensor.name} must be a matrix, got shape {tensor.shape}")
+        if len(tensor.shape) != 2 or 0 in tensor.shape:
+            raise FormatError(
+                f"tensor {tensor.name} must be a matrix with at least one element, got shape {tensor.shape}"
+            )
         factor = np.float32(1)
         if self.scale_tensor is not None:
             if self.scale_tensor.n_weights != 1 or not self.scale_tensor.is_float:
@@ -379,6 +381,12 @@ class GgufStream:
         self._writer.write_padding(self._stream, self._stream.tell())
 
     def _add(self, key: str, value: Any) -> None:
+        try:
+            self._add_value(key, value)
+        except (UnicodeEncodeError, struct.error) as error:  # half a surrogate pair; a number beyond 64 bits
+            raise ValueError(f"GGUF cannot hold the value of {key}: {error}") from error
+
+    def _add_value(self, key: str, value: Any) -> None:
         kinds = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32}
         if isinstance(value, str):
             self._writer.add_key_value(key, value.encode(errors="surrogateescape"), GGUFValueType.STRING)

@@ -31,6 +31,7 @@ from bitnet_ref.errors import FormatError
 __all__ = [
     "ARCHITECTURES",
     "architecture_for",
+    "checked_rope_factors",
     "config_from_metadata",
     "hyperparameters",
     "permute_rows",
@@ -149,7 +150,13 @@ def rope_of(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """
     newer = config.get("rope_parameters") or {}
     older = config.get("rope_scaling") or {}
-    thetas = {float(value) for value in (config.get("rope_theta"), newer.get("rope_theta")) if value is not None}
+    if not (isinstance(newer, Mapping) and isinstance(older, Mapping)):
+        raise ValueError(f"rope_parameters and rope_scaling must be objects, got {newer!r} and {older!r}"[:300])
+    thetas = {
+        _number("rope_theta", value)
+        for value in (config.get("rope_theta"), newer.get("rope_theta"))
+        if value is not None
+    }
     if len(thetas) != 1:
         raise ValueError(f"the configuration must give one rope_theta, got {sorted(thetas) or 'none'}")
     forms = []
@@ -190,18 +197,22 @@ def hyperparameters(config: Mapping[str, Any], architecture: str) -> dict[str, A
             raise ValueError(f"the configuration must give {key} for GGUF")
         return config[key]
 
-    hidden, heads = int(need("hidden_size")), int(need("num_attention_heads"))
-    head_dim = int(config.get("head_dim") or hidden // heads)
+    def count(key: str) -> int:
+        return _count(key, need(key))
+
+    hidden, heads = count("hidden_size"), count("num_attention_heads")
+    head_dim = _count("head_dim", hidden // heads if config.get("head_dim") is None else config["head_dim"])
+    kv_heads = heads if config.get("num_key_value_heads") is None else count("num_key_value_heads")
     theta, scaling = rope_of(config)
     values: dict[str, Any] = {
-        "vocab_size": int(need("vocab_size")),
-        "context_length": int(need("max_position_embeddings")),
+        "vocab_size": count("vocab_size"),
+        "context_length": count("max_position_embeddings"),
         "embedding_length": hidden,
-        "block_count": int(need("num_hidden_layers")),
-        "feed_forward_length": int(need("intermediate_size")),
+        "block_count": count("num_hidden_layers"),
+        "feed_forward_length": count("intermediate_size"),
         "attention.head_count": heads,
-        "attention.head_count_kv": int(config.get("num_key_value_heads") or heads),
-        "attention.layer_norm_rms_epsilon": float(need("rms_norm_eps")),
+        "attention.head_count_kv": kv_heads,
+        "attention.layer_norm_rms_epsilon": _number("rms_norm_eps", need("rms_norm_eps")),
         "rope.freq_base": theta,
         "rope.dimension_count": head_dim,
         "hidden_activation": str(need("hidden_act")),
@@ -210,7 +221,7 @@ def hyperparameters(config: Mapping[str, Any], architecture: str) -> dict[str, A
         values["attention.key_length"] = values["attention.value_length"] = head_dim
     if scaling is not None and scaling["rope_type"] == "linear":
         values["rope.scaling.type"] = "linear"
-        values["rope.scaling.factor"] = float(scaling["factor"])
+        values["rope.scaling.factor"] = _number("the factor of the rotary scaling", scaling.get("factor"))
     elif scaling is not None and not (scaling["rope_type"] == "llama3" and architecture == "llama"):
         raise ValueError(
             f"rotary scaling of type {scaling['rope_type']!r} cannot be written to GGUF under architecture "
@@ -292,24 +303,60 @@ def config_from_metadata(
     if kind == "linear" and factor != 1.0:
         config["rope_scaling"] = {"rope_type": "linear", "factor": _shortest(factor)}
     if factors is not None and (factors != 1).any():
-        low, high, original = _LLAMA3_ROPE
-        scaling = {
-            "rope_type": "llama3",
-            "factor": float(factors.max()),
-            "low_freq_factor": low,
-            "high_freq_factor": high,
-            "original_max_position_embeddings": original,
-        }
-        # llama.cpp's converter computes in float32, so its factors are good to about 1e-5.
-        if factors.shape != (head_dim // 2,) or not np.allclose(
-            factors, rope_factors(scaling, config["rope_theta"], head_dim), rtol=1e-4, atol=0
-        ):
-            raise FormatError("rope_freqs.weight must be that of Llama 3.1 or 3.2; this scaling is not known here")
-        config["rope_scaling"] = scaling
+        config["rope_scaling"] = _scaling_of(factors, config["rope_theta"], head_dim)
     for key, hf in (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("padding", "pad_token_id")):
         if isinstance(value := metadata.get(f"tokenizer.ggml.{key}_token_id"), int):
             config[hf] = value
     return config, notes
+
+
+def _scaling_of(factors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any]:
+    """Llama 3's scaling that has these factors; FormatError if it is not that of a published model."""
+    low, high, original = _LLAMA3_ROPE
+    scaling = {
+        "rope_type": "llama3",
+        "factor": _shortest(factors.max()),
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }
+    # llama.cpp's converter computes in float32, so its factors are good to about 1e-5.
+    if factors.shape != (head_dim // 2,) or not np.allclose(
+        factors, rope_factors(scaling, theta, head_dim), rtol=1e-4, atol=0
+    ):
+        raise FormatError("rope_freqs.weight must be that of Llama 3.1 or 3.2; this scaling is not known here")
+    return scaling
+
+
+def checked_rope_factors(scaling: Mapping[str, Any], theta: float, head_dim: int) -> np.ndarray:
+    """:func:`rope_factors`, if :func:`config_from_metadata` reads the same scaling from them; ValueError if not."""
+    low, high, original = _LLAMA3_ROPE
+    known = {"low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": original}
+    if {key: scaling.get(key) for key in known} != known or head_dim % 2:
+        raise ValueError(
+            f"GGUF takes Llama 3's rotary scaling with {known} and an even head size here, got {scaling}"[:500]
+        )
+    factor = _number("the factor of the rotary scaling", scaling.get("factor"))
+    factors = rope_factors(scaling, theta, head_dim)
+    if not 1 < factor == _shortest(factors.max()):  # float32 holds it, and some frequency is divided by all of it
+        raise ValueError(
+            f"the factor of the rotary scaling must be a float32 above 1 that some frequency gets, got {factor}"
+        )
+    return factors
+
+
+def _count(key: str, value: Any) -> int:
+    """What a reader takes for a size."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+        raise ValueError(f"{key} must be an integer from 1 to 2**31 - 1, got {str(value)[:100]!r}")
+    return value
+
+
+def _number(key: str, value: Any) -> float:
+    """What a reader takes for a number: of float32, above 0 and below 2**31."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 2.0**-126 <= value < 2**31:
+        raise ValueError(f"{key} must be a number above 0 and below 2**31, got {str(value)[:100]!r}")
+    return float(value)
 
 
 def _shortest(value: float) -> float:

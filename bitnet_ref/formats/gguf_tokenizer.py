@@ -106,13 +106,13 @@ def tokenizer_metadata(
 
     for token, number in vocab.items():
         put(token, number, TokenType.NORMAL)
-    for added in tokenizer.get("added_tokens") or []:
+    for added in _list("added_tokens", tokenizer.get("added_tokens")):
         if not isinstance(added, dict):
             raise FormatError("tokenizer.json: added_tokens must be objects")
         put(
             added.get("content"), added.get("id"), TokenType.CONTROL if added.get("special") else TokenType.USER_DEFINED
         )
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or []]
+    merges = [_merge(merge) for merge in _list("model.merges", model.get("merges"))]
     metadata |= {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,
@@ -124,19 +124,33 @@ def tokenizer_metadata(
     return metadata, []
 
 
+def _list(what: str, value: Any) -> list[Any]:
+    """The list that a part of tokenizer.json is; empty if the part is not there."""
+    if value is not None and not isinstance(value, list):
+        raise FormatError(f"tokenizer.json: {what} must be a list, got {type(value).__name__}")
+    return value or []
+
+
+def _merge(merge: Any) -> str:
+    parts = merge if isinstance(merge, list) else [merge]
+    if len(parts) not in (1, 2) or not all(isinstance(part, str) for part in parts):
+        raise FormatError(f"tokenizer.json: merges must be two tokens each, got {str(merge)[:100]!r}")
+    return " ".join(parts)
+
+
 def _adds_bos(
     post_processor: Any, settings: Mapping[str, Any], tokens: list[str | None], config: Mapping[str, Any]
 ) -> bool:
     """Whether encoding puts the begin-of-text token in front: by the template of tokenizer.json, else its settings."""
     steps = [post_processor] if isinstance(post_processor, dict) else []
     if steps and steps[0].get("type") == "Sequence":
-        steps = [step for step in steps[0].get("processors") or [] if isinstance(step, dict)]
+        steps = [step for step in _list("processors", steps[0].get("processors")) if isinstance(step, dict)]
     bos = config.get("bos_token_id")
     for step in steps:
         if step.get("type") == "TemplateProcessing":
-            first = (step.get("single") or [{}])[0]
+            first = (_list("single", step.get("single")) or [{}])[0]
             special = first.get("SpecialToken") if isinstance(first, dict) else None
-            return (
-                bool(special) and isinstance(bos, int) and 0 <= bos < len(tokens) and special.get("id") == tokens[bos]
-            )
+            if not isinstance(special, dict) or type(bos) is not int or not 0 <= bos < len(tokens):
+                return False
+            return tokens[bos] is not None and special.get("id") == tokens[bos]
     return settings.get("add_bos_token") is True

@@ -19,6 +19,7 @@ under ``<name>_scale``; float tensors as F32, F16 or BF16, or as uint8 rows of a
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,8 @@ def open_packed_checkpoint(path: str | Path, opened: TensorFile | None = None) -
     if scheme not in SCHEMES:
         raise FormatError(f"{path}: scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
     config, described = (load_json_object(path, metadata.get(key, "")) for key in ("config", "tensors"))
+    if not isinstance(config.get("quantization_config"), (dict, type(None))):
+        raise FormatError(f"{path}: quantization_config of the config must be an object")
 
     stored = {tensor.name: tensor for tensor in opened.tensors}
     entries: dict[str, Entry] = {}
@@ -112,7 +115,7 @@ def open_packed_checkpoint(path: str | Path, opened: TensorFile | None = None) -
     assets = {}
     for name, tensor in stored.items():
         if name.startswith(ASSET_PREFIX) and tensor.type == "U8":
-            assets[name.removeprefix(ASSET_PREFIX)] = map_bytes(tensor).tobytes()
+            assets[_asset_name(path, name.removeprefix(ASSET_PREFIX))] = map_bytes(tensor).tobytes()
         elif name not in used:
             raise FormatError(f"{path}: metadata must describe tensor {name}")
     gguf_metadata = {}
@@ -190,6 +193,16 @@ class _FloatSource:
 
     def load(self) -> FloatTensor:
         return FloatTensor(self.name, self.tensor)
+
+
+def _asset_name(path: Path, name: str) -> str:
+    """The name under which a conversion writes an asset into a folder: no way out of it, nor over the model there."""
+    plain = re.fullmatch(r"\w[\w.+-]{0,199}", name, re.ASCII) is not None
+    if not plain or name.lower() == "config.json" or ".safetensors" in name.lower():
+        raise FormatError(
+            f"{path}: an asset must be a plain file name, and none of the model's own, got {name[:200]!r}"
+        )
+    return name
 
 
 def _shape(path: Path, name: str, description: Any) -> tuple[int, ...]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from bitnet_ref.reference.config import ModelConfig
 
 __all__ = ["KVCache", "attention"]
+
+_FLOAT16_MAX = 65504.0
 
 Trace = Callable[[str, np.ndarray], None]
 
@@ -22,11 +25,15 @@ class KVCache:
     capacity : int, optional
         Most tokens; the context of the model if not given. All layers keep all tokens, those with a sliding window too:
         the window is a mask.
+    dtype : float32 or float16, optional
+        How keys and values are kept. float16 rounds them, so that a token's logits depend on it a little.
 
     Raises
     ------
     ValueError
         If capacity is not between 1 and the context of the model.
+    TypeError
+        If dtype is another.
 
     Attributes
     ----------
@@ -34,17 +41,30 @@ class KVCache:
         Tokens that every layer holds. Set it to a smaller number to forget the last tokens.
     """
 
-    def __init__(self, config: ModelConfig, capacity: int | None = None) -> None:
+    def __init__(self, config: ModelConfig, capacity: int | None = None, dtype: DTypeLike = np.float32) -> None:
         capacity = config.context if capacity is None else capacity
         if not 1 <= capacity <= config.context:
             raise ValueError(f"capacity must lie between 1 and the context of {config.context} tokens, got {capacity}")
-        shape = (config.layers, capacity, config.kv_heads, config.head_dim)
-        self._keys, self._values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        if np.dtype(dtype) not in (np.float32, np.float16):
+            raise TypeError(f"a cache must be float32 or float16, got {np.dtype(dtype)}")
+        # In memory the tokens of one head follow each other, which is the order that attention reads.
+        shape = (config.layers, config.kv_heads, capacity, config.head_dim)
+        self._keys, self._values = (np.zeros(shape, dtype).swapaxes(1, 2) for _ in range(2))  # (L, S, KV, D)
         self.capacity = capacity
         self.length = 0
 
+    def positions(self, t: int) -> np.ndarray:
+        """Positions of the next `t` tokens, shape (t,); ValueError if the cache has no room for them."""
+        if self.length + t > self.capacity:
+            raise ValueError(f"the cache holds at most {self.capacity} tokens, got {self.length + t}")
+        return np.arange(self.length, self.length + t)
+
+    def advance(self, t: int) -> None:
+        """Count the `t` tokens that every layer has stored."""
+        self.length += t
+
     def store(self, layer: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Put T tokens behind the `length` that the cache holds; `length` itself is for the caller to raise.
+        """Put T tokens behind the `length` that the cache holds; :meth:`advance` then counts them.
 
         Parameters
         ----------
@@ -53,12 +73,16 @@ class KVCache:
 
         Returns
         -------
-        k, v : ndarray of shape (length + T, KV, D), float32
+        k, v : ndarray of shape (length + T, KV, D), of the cache's dtype
             Views of all tokens of that layer.
         """
         end = self.length + len(k)
         if end > self.capacity:
             raise ValueError(f"the cache holds at most {self.capacity} tokens, got {end}")
+        if self._keys.dtype == np.float16 and not np.maximum(np.abs(k), np.abs(v)).max() <= _FLOAT16_MAX:
+            raise ValueError(
+                f"keys and values must be within {_FLOAT16_MAX:,.0f} to be kept as float16, got larger ones"
+            )
         self._keys[layer, self.length : end] = k
         self._values[layer, self.length : end] = v
         return self._keys[layer, :end], self._values[layer, :end]
@@ -77,7 +101,7 @@ def attention(
     Parameters
     ----------
     q : ndarray of shape (T, H, D), float32
-    k, v : ndarray of shape (S, KV, D), float32
+    k, v : ndarray of shape (S, KV, D), float32 or float16
     scale : float
     window : int, optional
     trace : callable(name, array), optional

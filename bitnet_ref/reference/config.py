@@ -7,6 +7,7 @@ config is either read, or known not to change the result, or refused by name.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -250,6 +251,8 @@ class ModelConfig:
         read = ARCHITECTURES[architecture]
         hidden, heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
         layers = keys.integer("num_hidden_layers")
+        if layers > _MAX_LAYERS:
+            raise ValueError(f"num_hidden_layers must be at most {_MAX_LAYERS}, got {layers}")
         if read.derives_head_dim and keys.get("head_dim") is None:
             if hidden % heads:
                 raise ValueError(f"num_attention_heads must divide hidden_size = {hidden}, got {heads}")
@@ -322,6 +325,8 @@ ARCHITECTURES: Mapping[str, _Architecture] = MappingProxyType(
     }
 )
 """Class names that can be read, and what each implies."""
+
+_MAX_LAYERS = 10_000  # names of every tensor are made before a checkpoint is looked at
 
 _SUB_NORMS = ("self_attn.attn_sub_norm.weight", "mlp.ffn_sub_norm.weight")
 
@@ -426,7 +431,7 @@ class _Keys:
         names = self._config.get("architectures")
         if not isinstance(names, (list, tuple)) or len(names) != 1:
             raise ValueError(f"architectures must be a list of one name, got {names!r}")
-        if names[0] not in ARCHITECTURES:
+        if not isinstance(names[0], str) or names[0] not in ARCHITECTURES:
             raise ValueError(f"architectures must name one of {', '.join(ARCHITECTURES)}, got {names[0]!r}")
         model_type = self._config.get("model_type")
         allowed = ARCHITECTURES[names[0]].model_types
@@ -436,7 +441,7 @@ class _Keys:
 
     def activation(self, key: str) -> str:
         value = self.required(key)
-        if value not in ACTIVATIONS:
+        if not isinstance(value, str) or value not in ACTIVATIONS:
             raise ValueError(f"{key} must be one of {', '.join(ACTIVATIONS)}, got {value!r}")
         return ACTIVATIONS[value]
 
@@ -470,7 +475,8 @@ class _Keys:
                 raise ValueError("the config must have the key 'layer_types' or 'sliding_window_pattern'")
             pattern = _positive_int(pattern, "sliding_window_pattern")
             kinds = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)]
-        if len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
+        known = ("sliding_attention", "full_attention")
+        if not isinstance(kinds, (list, tuple)) or len(kinds) != layers or not all(kind in known for kind in kinds):
             raise ValueError(
                 f"layer_types must have {layers} entries, each sliding_attention or full_attention, got {kinds!r}"
             )
@@ -525,7 +531,7 @@ def _rope_scaling(entry: Any) -> float | Llama3Scaling | None:
         "linear": ("factor",),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     }
-    if kind not in keys:
+    if not isinstance(kind, str) or kind not in keys:
         raise ValueError(f"rope_type must be one of {', '.join(keys)}, got {kind!r}")
     if set(entry) != set(keys[kind]):
         raise ValueError(f"rope scaling of type {kind} must have the keys {keys[kind]}, got {tuple(entry)}")
@@ -539,15 +545,22 @@ def _rope_scaling(entry: Any) -> float | Llama3Scaling | None:
     return values.get("factor")
 
 
+def _shown(value: Any) -> str:
+    """A value of a config in a message: short, and of an integer too long for decimal digits only that."""
+    if isinstance(value, int) and abs(value) >= 10**100:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value)[:200]
+
+
 def _positive_int(value: Any, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+        raise ValueError(f"{name} must be an integer from 1 to 2**31 - 1, got {_shown(value)}")
     return value
 
 
 def _positive_float(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
+        raise ValueError(f"{name} must be a positive finite number, got {_shown(value)}")
     return float(value)
 
 

@@ -14,12 +14,14 @@ A block (names of tensors as on Hugging Face, without ``.weight``)::
 Parts in brackets are switches of :class:`ModelConfig`. Values are float32. Sums of ternary products are exact integers,
 so every packing and every instruction set gives the same logits to the last bit. The sums in norms and attention are
 accumulated in float64 and rounded once, so the values do not depend on how many tokens are processed at once either;
-only the head is a float32 product of the BLAS library, which may order its sum differently for one token and for many.
+only a head that is an array is a float32 product of the BLAS library, which may order its sum differently for one token
+and for many. :class:`Steps` are the parts that a compiled version may take the place of.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ import numpy as np
 from bitnet_ref.reference import matmul
 from bitnet_ref.reference.attention import KVCache, attention
 from bitnet_ref.reference.config import ModelConfig
+from bitnet_ref.reference.head import head_logits
 from bitnet_ref.reference.mlp import activate
 from bitnet_ref.reference.norm import rms_norm
 from bitnet_ref.reference.packing import PackedTernary, pack
@@ -35,6 +38,7 @@ from bitnet_ref.reference.rope import frequencies, rotate, rotations
 
 __all__ = [
     "BLOCK_STEPS",
+    "Steps",
     "forward",
     "generate_greedy",
     "linear",
@@ -57,6 +61,23 @@ residual stream after each half of the block.
 Linear = Callable[[np.ndarray, Any], np.ndarray]
 Trace = Callable[[str, np.ndarray], None]
 Weights = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What :func:`forward` computes with beside the linear layers; the fields are the reference's own functions.
+
+    A compiled step takes the same arguments and returns the same values.
+    """
+
+    rms_norm: Callable[..., np.ndarray] = rms_norm
+    rotate: Callable[..., np.ndarray] = rotate
+    attention: Callable[..., np.ndarray] = attention
+    activate: Callable[..., np.ndarray] = activate
+    head: Callable[..., np.ndarray] = head_logits
+
+
+_REFERENCE = Steps()
 
 
 def linear(x: np.ndarray, weight: np.ndarray | tuple[np.ndarray | PackedTernary, np.float32]) -> np.ndarray:
@@ -94,8 +115,10 @@ def forward(
     cache: KVCache | None = None,
     linear: Linear = linear,
     trace: Trace | None = None,
+    steps: Steps = _REFERENCE,
+    n_logits: int | None = None,
 ) -> np.ndarray:
-    """Logits of every token given.
+    """Logits of every token given, or of the last of them.
 
     Parameters
     ----------
@@ -103,6 +126,7 @@ def forward(
     weights : mapping of str to weights
         By the names of ``config.tensor_shapes()``. Embedding, head and norms are floating-point arrays. The matrices of
         the blocks are whatever `linear` takes; for the default, see :func:`linear` and :func:`ternary_weights`.
+        Embedding and head may also be :class:`bitnet_ref.reference.head.FloatTable`.
     tokens : sequence of T integers
         They follow those that the cache holds.
     cache : KVCache, optional
@@ -113,16 +137,20 @@ def forward(
     trace : callable(name, array), optional
         Called with every intermediate value in the order of computation; the array must not be changed. The names are
         ``embedding``, then ``layers.N.`` and each of :data:`BLOCK_STEPS`, then ``final_norm`` and ``logits``.
+    steps : Steps, optional
+        Other functions for the steps between the linear layers.
+    n_logits : int, optional
+        Logits of the last n_logits tokens only; the head is most of the work of a long prompt in a large vocabulary.
 
     Returns
     -------
-    ndarray of shape (T, V), float32
+    ndarray of shape (T, V) or (n_logits, V), float32
 
     Raises
     ------
     ValueError
-        If there is no token, one is not in 0..V-1, they exceed the cache or the context, or a matrix of a ternary
-        network is a float array (see :func:`ternary_weights`).
+        If there is no token, one is not in 0..V-1, they exceed the cache or the context, n_logits is not in 1..T, or a
+        matrix of a ternary network is a float array (see :func:`ternary_weights`).
     TypeError
         If tokens are not integers.
     KeyError
@@ -131,27 +159,27 @@ def forward(
     tokens = _checked_tokens(config, tokens)
     note = trace or (lambda name, array: None)
     t = len(tokens)
-    start = 0 if cache is None else cache.length
-    if start + t > config.context:
-        raise ValueError(f"the context of this model is {config.context} tokens, got {start + t}")
     if cache is None:
+        if t > config.context:
+            raise ValueError(f"the context of this model is {config.context} tokens, got {t}")
         cache = KVCache(config, t)
-    elif start + t > cache.capacity:
-        raise ValueError(f"the cache holds at most {cache.capacity} tokens, got {start + t}")
+    if n_logits is not None and not 1 <= n_logits <= t:
+        raise ValueError(f"n_logits must lie between 1 and the number of tokens, {t}, got {n_logits}")
+    positions = cache.positions(t)
 
     table = weights["model.embed_tokens.weight"]  # (V, hidden)
     x = table[tokens].astype(np.float32)  # (T, hidden)
     if config.embedding_scale != 1:
         x = x * np.float32(config.embedding_scale)
     note("embedding", x)
-    turns = _turns(config, np.arange(start, start + t))
+    turns = _turns(config, positions)
     for i in range(config.layers):
-        x = _block(config, weights, i, x, turns[config.window(i) is not None], cache, linear, trace)
-    cache.length = start + t
-    x = rms_norm(x, weights["model.norm.weight"], config.norm_eps, config.norm_offset)
+        x = _block(config, weights, i, x, turns[config.window(i) is not None], cache, linear, trace, steps)
+    cache.advance(t)
+    x = steps.rms_norm(x, weights["model.norm.weight"], config.norm_eps, config.norm_offset)
     note("final_norm", x)
     head = table if config.tied_head else weights["lm_head.weight"]  # (V, hidden)
-    logits = x @ head.astype(np.float32, copy=False).T  # (T, hidden) @ (hidden, V) -> (T, V)
+    logits = steps.head(x if n_logits is None else x[-n_logits:], head)  # (T, V)
     note("logits", logits)
     return logits
 
@@ -165,6 +193,7 @@ def _block(
     cache: KVCache,
     linear: Linear,
     trace: Trace | None,
+    steps: Steps,
 ) -> np.ndarray:
     """Block i on x of shape (T, hidden)."""
 
@@ -175,7 +204,7 @@ def _block(
 
     def norm(a: np.ndarray, tensor: str, name: str) -> np.ndarray:
         weight = weights[f"model.layers.{i}.{tensor}.weight"]
-        return note(name, rms_norm(a, weight, config.norm_eps, config.norm_offset))
+        return note(name, steps.rms_norm(a, weight, config.norm_eps, config.norm_offset))
 
     def project(a: np.ndarray, tensor: str) -> np.ndarray:
         name = f"model.layers.{i}.{tensor}.weight"
@@ -195,10 +224,10 @@ def _block(
     if config.qk_norm:
         q = norm(q, "self_attn.q_norm", "q_norm")
         k = norm(k, "self_attn.k_norm", "k_norm")
-    q, k = note("q_rope", rotate(q, *turns)), note("k_rope", rotate(k, *turns))
+    q, k = note("q_rope", steps.rotate(q, *turns)), note("k_rope", steps.rotate(k, *turns))
     k, v = cache.store(i, k, v)  # (S, KV, D) each
     scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
-    a = attention(q, k, v, scale, config.window(i), note if trace else None).reshape(t, -1)  # (T, H * D)
+    a = steps.attention(q, k, v, scale, config.window(i), note if trace else None).reshape(t, -1)  # (T, H * D)
     note("attention", a)
     if config.sub_norm:
         a = norm(a, "self_attn.attn_sub_norm", "attn_sub_norm")
@@ -210,7 +239,7 @@ def _block(
     # Feed-forward half
     a = norm(x, "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm", "ffn_norm")
     gate, up = project(a, "mlp.gate_proj"), project(a, "mlp.up_proj")  # (T, ffn) each
-    a = note("gated", note("activation", activate(gate, config.activation)) * up)  # (T, ffn)
+    a = note("gated", note("activation", steps.activate(gate, config.activation)) * up)  # (T, ffn)
     if config.sub_norm:
         a = norm(a, "mlp.ffn_sub_norm", "ffn_sub_norm")
     a = project(a, "mlp.down_proj")  # (T, hidden)

@@ -1,0 +1,154 @@
+"""How fast a whole model runs: tokens per second reading a prompt and writing, beside what the machine can read.
+
+Method
+------
+- Reading a prompt (products of many tokens) and writing (one token a step) are timed apart; different things limit
+  them. One prompt, batch 1.
+- The steps of writing and a streaming read of memory take turns, so that a change in the machine's speed hits both.
+  Figures are medians, with quartiles.
+- Bytes read per token are counted, not measured: all ternary matrices, the head, and the keys and values of the tokens
+  so far. That over the time of a step, as a share of the probe, is ``read_bandwidth_fraction``.
+- In further steps every compiled call is timed from outside. What remains of a step is Python: ``python_fraction``. The
+  timers themselves count as Python.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from bitnet_ref import kernels
+from bitnet_ref.runtime.model import Model
+
+__all__ = ["measure_model", "peak_resident_bytes"]
+
+_PROBE_BYTES = 2**28  # far beyond any last-level cache that this is likely to meet
+
+
+def measure_model(
+    model: Model,
+    n_prompt: int = 64,
+    n_generate: int = 32,
+    threads: Sequence[int | None] = (None,),
+    progress: Callable[[str, float], None] | None = None,
+) -> list[dict[str, object]]:
+    """Time a model.
+
+    Parameters
+    ----------
+    model : Model
+    n_prompt, n_generate : int
+        Tokens of the prompt and tokens that are then written; together at most the context.
+    threads : sequence of int or None
+        As in :func:`bitnet_ref.kernels.resolve_threads`.
+    progress : callable(label, fraction done), optional
+
+    Returns
+    -------
+    list of dict, one for each entry of `threads`
+        kind, threads, n_prompt, n_generate, prefill_tokens_per_s, decode_tokens_per_s, decode_step_ns (median),
+        low_ns, high_ns (quartiles), layer_bytes, head_bytes, cache_bytes (read by a step, mean), bytes_per_token,
+        read_bandwidth_bytes_per_s, read_bandwidth_fraction, python_fraction, product_fraction, head_fraction,
+        attention_fraction, peak_resident_bytes.
+
+    Raises
+    ------
+    ValueError
+        If a number is below 1 or the tokens exceed the context.
+    """
+    if n_prompt < 1 or n_generate < 1 or n_prompt + n_generate > model.config.context:
+        raise ValueError(
+            f"prompt and generated tokens must each be at least 1 and together at most {model.config.context}, "
+            f"got {n_prompt} and {n_generate}"
+        )
+    report = progress or (lambda label, fraction: None)
+    prompt = np.random.default_rng(0).integers(0, model.config.vocabulary, n_prompt)
+    words = np.ones(_PROBE_BYTES // 8, np.uint64)
+    rows = []
+    for index, count in enumerate(threads):
+        n_threads = kernels.resolve_threads(count)
+        runner = model.with_threads(n_threads)
+        report(f"{n_threads} thread(s), prompt", index / len(threads))
+        cache = model.new_cache(n_prompt + n_generate)
+        runner.prefill(prompt[: min(8, n_prompt)], cache)  # threads and caches are warm from here on
+        cache.length = 0
+        start = time.perf_counter_ns()
+        logits = runner.prefill(prompt, cache)
+        prefill_ns = time.perf_counter_ns() - start
+        steps, probes = [], []
+        for i in range(n_generate):
+            report(f"{n_threads} thread(s), token {i + 1}", (index + (i + 1) / n_generate) / len(threads))
+            token = [int(np.argmax(logits[-1]))]
+            start = time.perf_counter_ns()
+            logits = runner.forward(token, cache)
+            steps.append(time.perf_counter_ns() - start)
+            if i % 4 == 0:
+                start = time.perf_counter_ns()
+                kernels.read_all(words, n_threads)
+                probes.append(time.perf_counter_ns() - start)
+        low, median, high = np.percentile(steps, (25, 50, 75))
+        read_bytes = model.bytes_per_token()
+        cache_bytes = int(model.cache_bytes_per_token() * (n_prompt + (n_generate + 1) / 2))
+        total_bytes = sum(read_bytes.values()) + cache_bytes
+        bandwidth = _PROBE_BYTES / float(np.median(probes)) * 1e9
+        rows.append(
+            {
+                "kind": "measured",
+                "threads": n_threads,
+                "n_prompt": n_prompt,
+                "n_generate": n_generate,
+                "prefill_tokens_per_s": n_prompt / prefill_ns * 1e9,
+                "decode_tokens_per_s": 1e9 / float(median),
+                "decode_step_ns": float(median),
+                "low_ns": float(low),
+                "high_ns": float(high),
+                "layer_bytes": read_bytes["layers"],
+                "head_bytes": read_bytes["head"],
+                "cache_bytes": cache_bytes,
+                "bytes_per_token": total_bytes,
+                "read_bandwidth_bytes_per_s": bandwidth,
+                "read_bandwidth_fraction": total_bytes / float(median) * 1e9 / bandwidth,
+                **_shares(model, n_threads, cache),
+                "peak_resident_bytes": peak_resident_bytes(),
+            }
+        )
+    return rows
+
+
+def _shares(model: Model, n_threads: int, cache: Any) -> dict[str, float]:
+    """Where the time of a step goes: medians over eight steps in which every compiled call is timed."""
+    spent: Counter[str] = Counter()
+
+    def wrap(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any) -> Any:
+            start = time.perf_counter_ns()
+            result = function(*args)
+            spent[name] += time.perf_counter_ns() - start
+            return result
+
+        return timed
+
+    runner = model.with_threads(n_threads, wrap)
+    shares = []
+    for _ in range(8):
+        cache.length -= 1  # the last token again
+        spent.clear()
+        start = time.perf_counter_ns()
+        runner.forward([0], cache)
+        total = time.perf_counter_ns() - start
+        parts = (total - sum(spent.values()), spent["product"], spent["head"], spent["attention"])
+        shares.append([part / total for part in parts])
+    names = ("python_fraction", "product_fraction", "head_fraction", "attention_fraction")
+    return dict(zip(names, np.median(shares, axis=0).tolist(), strict=True))
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has had resident so far, mapped files included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB

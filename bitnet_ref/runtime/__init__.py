@@ -1,0 +1,1 @@
+"""Running a model: tokenizers and chat templates here; loading, generating and measuring beside them."""

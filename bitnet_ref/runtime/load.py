@@ -1,0 +1,130 @@
+"""Open a checkpoint of any form and make it ready to run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from bitnet_ref.errors import FormatError
+from bitnet_ref.formats import FloatTensor, TernaryTensor, open_checkpoint
+from bitnet_ref.formats.float_types import check_float_type, encode_floats
+from bitnet_ref.reference.config import ModelConfig, canonical_name
+from bitnet_ref.reference.head import TABLE_TYPES, FloatTable
+from bitnet_ref.reference.packing import get_scheme
+from bitnet_ref.runtime.model import EMBEDDING, HEAD, Model, head_type
+from bitnet_ref.runtime.steps import TiedTable
+from bitnet_ref.runtime.tokenizer import tokenizer_from_checkpoint
+
+__all__ = ["load"]
+
+Progress = Callable[[int, int, str], None]
+
+
+def load(
+    path: str | os.PathLike[str],
+    scheme: str = "base3",
+    head: str = "q8_0",
+    n_threads: int | None = None,
+    *,
+    cache: str = "f32",
+    quantize: bool = False,
+    layout: str | None = None,
+    convention: str | None = None,
+    progress: Progress | None = None,
+) -> Model:
+    """Load a model: a Hugging Face folder, a GGUF file, or a file of our packed form.
+
+    Parameters
+    ----------
+    path : str or path
+    scheme : str
+        Packing of the ternary matrices. A packed file of that scheme is mapped and not copied.
+    head : {"f32", "f16", "bf16", "q8_0", "q6_k"}
+        How the output head is stored in memory. Mapped if the file has it so; the embedding is always read from the
+        file, row by row.
+    n_threads : int, optional
+        None: all processors that the process may use.
+    cache : {"f32", "f16"}
+        How keys and values are kept.
+    quantize, layout, convention
+        As in :func:`bitnet_ref.formats.open_checkpoint`.
+    progress : callable(done, total, name), optional
+        Called after each tensor.
+
+    Returns
+    -------
+    Model
+        With the checkpoint's tokenizer, or None as its ``tokenizer`` if it came without one.
+
+    Raises
+    ------
+    FormatError
+        If the files cannot be read, or the tensors are not those of the network that the configuration describes.
+    ValueError
+        If an option has no such value, or the configuration is of a network that is not known here.
+    """
+    get_scheme(scheme)
+    stored = head_type(head)
+    checkpoint = open_checkpoint(path, quantize=quantize, layout=layout, convention=convention)
+    names = [canonical_name(name) for name in checkpoint.entries]
+    # Master weights of a network that no configuration calls ternary are ternary if the caller has them rounded.
+    asked = True if quantize and "quantization_config" not in checkpoint.config else None
+    config = ModelConfig.from_hf(checkpoint.config, names, ternary=asked)
+    config.check_names(names)
+    weights: dict[str, Any] = {}
+    for done, entry in enumerate(checkpoint.entries.values(), 1):
+        name, tensor = canonical_name(entry.name), entry.load()
+        if isinstance(tensor, TernaryTensor):
+            weights[name] = (tensor.packed(scheme), tensor.w_scale)
+        elif name == HEAD:
+            if not config.tied_head:  # else a copy of the embedding that some files carry along
+                weights[name] = _table(tensor, stored)
+        elif name == EMBEDDING:
+            weights[name] = _embedding(tensor, stored, config.tied_head)
+        else:
+            weights[name] = _floats(path, tensor, config.ternary and name in config.linear_shapes())
+        if progress is not None:
+            progress(done, len(checkpoint.entries), name)
+    assets = set(checkpoint.assets)
+    has_tokenizer = "tokenizer.ggml.model" in checkpoint.gguf_metadata or assets & {"tokenizer.json", "tokenizer.model"}
+    tokenizer = tokenizer_from_checkpoint(checkpoint) if has_tokenizer else None
+    return Model(config, weights, n_threads=n_threads, tokenizer=tokenizer, cache=cache)
+
+
+def _floats(path: Any, tensor: FloatTensor, must_be_ternary: bool) -> np.ndarray:
+    if must_be_ternary:
+        raise FormatError(
+            f"{path}: {tensor.name} must be ternary in this network, it holds other weights; rounding them changes the "
+            "model, allow it with quantize"
+        )
+    return tensor.to_float32()
+
+
+def _embedding(tensor: FloatTensor, stored: str, tied: bool) -> FloatTable | TiedTable:
+    """The embedding as the file has it, mapped, and the head beside it if they are one tensor."""
+    head = _table(tensor, stored) if tied else None
+    if tensor.type in TABLE_TYPES:
+        embedding = FloatTable(tensor.raw(), tensor.type, tensor.shape[-1])
+    else:
+        embedding = head or _table(tensor, "F32")  # rows of other types are not read one at a time
+    return embedding if head is None else TiedTable(embedding, head)
+
+
+def _table(tensor: FloatTensor, stored: str) -> FloatTable:
+    """The head in the type asked for: mapped if the file has it so, else encoded some MiB at a time."""
+    rows, columns = tensor.shape
+    check_float_type(tensor.name, columns, stored)
+    if tensor.type == stored:
+        return FloatTable(tensor.raw(), stored, columns)
+    raw: np.ndarray | None = None
+    for first, _, values in tensor.chunks():
+        encoded = encode_floats(tensor.name, values, stored)
+        if raw is None:
+            raw = np.empty((rows, encoded.shape[1]), np.uint8)
+        raw[first : first + len(encoded)] = encoded
+    if raw is None:
+        raise FormatError(f"tensor {tensor.name} must not be empty")
+    return FloatTable(raw, stored, columns)

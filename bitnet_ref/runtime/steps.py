@@ -1,0 +1,181 @@
+"""The compiled steps of decoding, and the ternary layer between them: what the fast model puts into the network.
+
+The network itself is :func:`bitnet_ref.reference.model.forward`. It gets :class:`TernaryLayer` objects as weights,
+:func:`apply_layer` as `linear`, and :func:`compiled_steps` as `steps`. Values do not depend on the instruction set or
+on the number of threads; how they compare with the reference's is said in docs/runtime.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bitnet_ref import kernels
+from bitnet_ref._native import _table
+from bitnet_ref._native import matmul as _matmul
+from bitnet_ref._native.decoder_ops import Steps as CompiledSteps
+from bitnet_ref.errors import KernelUnavailable
+from bitnet_ref.kernels import ISAS
+from bitnet_ref.reference.attention import attention as reference_attention
+from bitnet_ref.reference.head import FloatTable, head_logits
+from bitnet_ref.reference.matmul import checked_scale
+from bitnet_ref.reference.model import Steps
+from bitnet_ref.reference.model import linear as reference_linear
+from bitnet_ref.reference.packing import PackedTernary, get_scheme
+
+__all__ = ["TernaryLayer", "TiedTable", "apply_layer", "compiled_steps", "load_steps", "plain_head", "step_isas"]
+
+
+def step_isas() -> tuple[str, ...]:
+    """Instruction sets that this build has the steps for and this processor and ``BITNET_REF_ISA`` allow; rising."""
+    cap = kernels.isa_cap()
+    built = [name.removeprefix("steps__") for name in _table.STEPS]
+    may_run = [isa for isa in kernels.processor_isas() if cap is None or ISAS[isa] <= ISAS[cap]]
+    return tuple(sorted((isa for isa in built if isa in may_run), key=ISAS.__getitem__))
+
+
+@functools.cache
+def _capsule(isa: str) -> Any:
+    return importlib.import_module(f"bitnet_ref._native.kernels.steps__{isa}").STEPS
+
+
+def load_steps(n_threads: int | None = None, isa: str | None = None) -> CompiledSteps:
+    """The compiled steps of one instruction set; of the highest that may run if none is named.
+
+    Raises
+    ------
+    KernelUnavailable
+        If the named one is not in this build or cannot run here.
+    """
+    allowed = step_isas()
+    isa = allowed[-1] if isa is None else isa
+    if isa not in allowed:
+        raise KernelUnavailable(f"the steps of decoding can run here as {', '.join(allowed)}, got {isa!r}")
+    return CompiledSteps(_capsule(isa), kernels.resolve_threads(n_threads))
+
+
+def compiled_steps(ops: CompiledSteps) -> Steps:
+    """The compiled steps as :class:`bitnet_ref.reference.model.Steps`."""
+
+    def attention(
+        q: np.ndarray, k: Any, v: Any, scale: float, window: int | None = None, trace: Any = None
+    ) -> np.ndarray:
+        if isinstance(k, list):  # one sequence a row, see BatchCache
+            rows = [ops.attention(q[b : b + 1], k[b], v[b], scale, window) for b in range(len(k))]
+            return np.concatenate(rows)
+        if trace is not None:
+            reference_attention(q, k, v, scale, window, trace)  # for the scores and probabilities
+        return ops.attention(q, k, v, scale, window)
+
+    def head(x: np.ndarray, table: np.ndarray | FloatTable | TiedTable) -> np.ndarray:
+        table = table.head if isinstance(table, TiedTable) else table
+        return ops.head(x, table.raw, table.type) if isinstance(table, FloatTable) else plain_head(x, table)
+
+    return Steps(rms_norm=ops.rms_norm, rotate=ops.rotate, attention=attention, activate=ops.activate, head=head)
+
+
+@dataclass(frozen=True, eq=False)
+class TiedTable:
+    """An embedding that is also the head, which is stored in another type: rows come from one, logits from the other.
+
+    Parameters
+    ----------
+    embedding, head : FloatTable of shape (V, K)
+    """
+
+    embedding: FloatTable
+    head: FloatTable
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(V, K)."""
+        return self.head.shape
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """These rows of the embedding as float32, shape (n, K)."""
+        return self.embedding[rows]
+
+
+def plain_head(x: np.ndarray, table: np.ndarray | FloatTable | TiedTable) -> np.ndarray:
+    """The reference's head, for every kind of table that a model holds."""
+    return head_logits(x, table.head if isinstance(table, TiedTable) else table)
+
+
+class TernaryLayer:
+    """:class:`bitnet_ref.BitLinear` for the inner loop: the same bits; arguments are checked once and not at each call.
+
+    Parameters
+    ----------
+    w_packed : PackedTernary of shape (M, K)
+    w_scale : float32
+    ops : CompiledSteps
+    n_threads : int
+    wrap : callable(name, function) -> function, optional
+        Put around the compiled product, to time it.
+    """
+
+    def __init__(
+        self,
+        w_packed: PackedTernary,
+        w_scale: np.float32,
+        ops: CompiledSteps,
+        n_threads: int,
+        wrap: Callable[..., Any] | None = None,
+    ) -> None:
+        m, k = w_packed.shape
+        if k > kernels.MAX_K:
+            raise ValueError(f"K must be at most {kernels.MAX_K} so that no int32 sum overflows, got {k}")
+        scheme = get_scheme(w_packed.scheme)
+        self.w_packed = w_packed
+        self.w_scale = checked_scale(w_scale)
+        self._ops = ops
+        self._one, self._many = (
+            functools.partial(
+                _product,
+                _matmul.matmul if wrap is None else wrap("product", _matmul.matmul),
+                *kernels.select(op, w_packed.scheme).capsules(),
+                w_packed.data,
+                m,
+                k,
+                (scheme.rows, scheme.block, scheme.tile_block_bytes, n_threads),
+            )
+            for op in ("gemv", "gemm")
+        )
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Apply the layer to x of shape (T, K), float32; returns (T, M), float32.
+
+        Raises
+        ------
+        ValueError
+            If x has another shape or is not finite.
+        """
+        x_q, x_scale = self._ops.quantize(x)
+        return self._ops.rescale((self._one if len(x) == 1 else self._many)(x_q), x_scale, self.w_scale)
+
+
+def _product(
+    multiply: Callable[..., None],
+    kernel: Any,
+    tables: Any,
+    data: np.ndarray,
+    m: int,
+    k: int,
+    layout: tuple[int, ...],
+    x_q: np.ndarray,
+) -> np.ndarray:
+    if x_q.shape[1] != k:
+        raise ValueError(f"x must have shape (T, {k}), got {x_q.shape}")
+    sums = np.empty((len(x_q), m), np.int32)
+    multiply(kernel, tables, data, m, k, x_q, sums, *layout)
+    return sums
+
+
+def apply_layer(x: np.ndarray, layer: Any) -> np.ndarray:
+    """`linear` of the fast model: a ternary layer, or a float matrix of a full-precision network."""
+    return layer(x) if isinstance(layer, TernaryLayer) else reference_linear(x, layer)

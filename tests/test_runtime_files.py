@@ -1,0 +1,238 @@
+"""Loading, text, and the commands, on a tiny model written as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from safetensors.numpy import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from bitnet_ref.commands_model import COMMANDS
+from bitnet_ref.errors import FormatError
+from bitnet_ref.formats import convert
+from bitnet_ref.reference.config import ModelConfig
+from bitnet_ref.reference.model import forward, random_weights, ternary_weights
+from bitnet_ref.runtime.load import load
+from bitnet_ref.runtime.perplexity import perplexity
+from bitnet_ref.runtime.steps import TiedTable
+
+COMMAND = {command.name: command for command in COMMANDS}
+CONFIG = {
+    "architectures": ["BitNetForCausalLM"],
+    "model_type": "bitnet",
+    "hidden_act": "relu2",
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "max_position_embeddings": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "vocab_size": 262,
+}
+
+
+def tokenizer():
+    """Bytes, and four more tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([AddedToken(t, special=True) for t in ("<s>", "</s>", "<a>", "<b>", "<c>", "<d>")])
+    return inner
+
+
+@pytest.fixture(scope="module")
+def reference():
+    config = ModelConfig.from_hf(CONFIG)
+    return config, ternary_weights(config, random_weights(config, 2))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, reference):
+    _, weights = reference
+    path = tmp_path_factory.mktemp("model")
+    tensors = {
+        name: w[0].astype(np.float32) * w[1] if isinstance(w, tuple) else w.astype(np.float32)
+        for name, w in weights.items()
+    }
+    save_file(tensors, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    tokenizer().save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "bos_token": "<s>",
+                "eos_token": "</s>",
+                "chat_template": "{% for m in messages %}<a>{{ m.content }}<b>{% endfor %}",
+            }
+        )
+    )
+    return path
+
+
+@pytest.mark.parametrize("form", ["folder", "packed", "gguf-tq2_0"])
+def test_load_gives_the_reference_logits(folder, reference, tmp_path, form):
+    config, weights = reference
+    path = folder
+    if form != "folder":
+        path = tmp_path / "model"
+        convert(folder, path, form, embedding="f32")
+    model = load(path, "base3", "f32")
+    tokens = np.arange(20) * 11 % 262
+    table = {"model.embed_tokens.weight": model.table}
+    np.testing.assert_array_equal(model.logits(tokens), forward(config, weights | table, tokens))
+    assert model.tokenizer is not None and model.config == config
+    if form == "packed":  # in place: the array is a view of the mapped file
+        data = model.weights["model.layers.0.mlp.up_proj.weight"].w_packed.data
+        while isinstance(data.base, np.ndarray):
+            data = data.base
+        assert isinstance(data, np.memmap)
+
+
+def test_the_embedding_stays_what_the_file_holds(folder, reference):
+    _, weights = reference
+    model = load(folder, head="q6_k")
+    table = model.weights["model.embed_tokens.weight"]
+    assert isinstance(table, TiedTable) and model.table.type == "Q6_K"
+    np.testing.assert_array_equal(table[np.arange(262)], weights["model.embed_tokens.weight"])
+    tokens = [1, 2, 3]
+    np.testing.assert_array_equal(model.logits(tokens), model.reference_logits(tokens))
+
+
+def test_load_refuses(folder, tmp_path):
+    with pytest.raises(ValueError, match="head must be"):
+        load(folder, head="q4_0")
+    with pytest.raises(ValueError, match="scheme must be"):
+        load(folder, "i3")
+    with pytest.raises(FormatError):
+        load(tmp_path)
+    config = ModelConfig.from_hf(CONFIG)
+    save_file(random_weights(config, 0), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(FormatError, match=r"must be ternary.*quantize"):
+        load(tmp_path)
+    assert load(tmp_path, quantize=True).tokenizer is None
+
+
+def test_text_comes_in_whole_characters_and_is_the_decoded_tokens(folder):
+    model = load(folder, head="f32")
+    pieces = list(model.generate("été", 40, temperature=1.5, seed=3))
+    done = model.generate("été", 40, temperature=1.5, seed=3, stream=False)
+    assert "".join(p.text for p in pieces) == done.text
+    assert done.prompt_tokens == tuple(model.tokenizer.encode("été"))
+    tokens = [t for t in done.tokens if t not in model.tokenizer.eos_ids]
+    assert done.text == model.tokenizer.decode(tokens)
+
+
+def test_stop_strings(folder):
+    model = load(folder, head="f32")
+    options = {"temperature": 1.5, "seed": 3, "stream": False}
+    free = model.generate("a", 40, **options)
+    stop = free.text[5:8]
+    cut = model.generate("a", 40, stop=["never to be found", stop], **options)
+    assert cut.finish == "stop" and cut.text == free.text[: free.text.index(stop)]
+    assert cut.tokens == free.tokens[: len(cut.tokens)]
+    # What might have begun a stop string and did not is shown in the end.
+    held = model.generate("a", len(cut.tokens), stop=free.text[:8] + "!", **options)
+    assert held.text == model.tokenizer.decode(held.tokens) and held.finish == "length"
+
+
+def test_the_end_token_ends(folder):
+    model = load(folder, head="f32")
+    model.tokenizer.eos_ids = model.generate("a", 1, stream=False).tokens
+    done = model.generate("a", 9, stream=False)
+    assert done.finish == "end" and len(done.tokens) == 1 and done.text == ""
+
+
+def test_perplexity_of_text_begins_chunks_as_the_tokenizer_does(folder):
+    model = load(folder, head="f32")
+    text = "one two three four five six seven"
+    found = perplexity(model, text, 16)
+    tokens = np.array(model.tokenizer.encode(text))
+    if model.tokenizer.adds_bos:
+        tokens[::16] = model.tokenizer.bos_id
+    assert found == perplexity(model, tokens, 16)
+
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+
+def run(name, *arguments, code=0, **options):
+    done = CliRunner().invoke(COMMAND[name], [str(a) for a in arguments], **options)
+    assert done.exit_code == code, done.output
+    return done
+
+
+def test_generate_command(folder):
+    expected = load(folder).generate("ab", 12, stream=False)
+    assert run("generate", folder, "--prompt", "ab", "--max-tokens", 12).stdout == "ab" + expected.text + "\n"
+    document = json.loads(run("generate", folder, "--prompt", "ab", "--max-tokens", 12, "--json").stdout)
+    assert document["tokens"] == list(expected.tokens) and document["finish"] == expected.finish
+    assert json.loads(run("generate", folder, "--max-tokens", 3, "--json").stdout)["prompt"] == ""
+
+
+def test_chat_command(folder):
+    model = load(folder)
+    prompt = "<a>hello<b>"
+    expected = model.generate(prompt, 8, special=True, stream=False)
+    assert expected.prompt_tokens[-1] == 259 or expected.prompt_tokens[-1] == model.tokenizer.vocabulary["<b>"]
+    assert run("chat", folder, "--max-tokens", 8, input="hello\n\n").stdout == expected.text + "\n"
+
+
+def test_perplexity_command(folder, tmp_path):
+    (tmp_path / "text").write_text("one two three four five six seven eight")
+    found = perplexity(load(folder), "one two three four five six seven eight", 16)
+    document = json.loads(run("perplexity", folder, tmp_path / "text", "--context", 16, "--json").stdout)
+    assert document["perplexity"] == found.value and document["n_scored"] == found.n_scored
+    assert document["convention"] == "llama.cpp"
+    text = run("perplexity", folder, tmp_path / "text", "--context", 16, "--convention", "transformers").stdout
+    assert "convention of transformers" in text and "stride 8" in text
+
+
+def test_logits_command(folder, tmp_path):
+    for backend in ("kernels", "reference"):
+        out = tmp_path / f"{backend}.npy"
+        document = json.loads(
+            run("logits", folder, "--tokens", "1,2,3", "--backend", backend, "--out", out, "--json").stdout
+        )
+        assert document["shape"] == [3, 262] and document["top"][0]["token"] == int(np.load(out)[-1].argmax())
+    np.testing.assert_array_equal(np.load(tmp_path / "kernels.npy"), np.load(tmp_path / "reference.npy"))
+    assert "numbers with commas" in run("logits", folder, "--tokens", "1;2", code=1).stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["kernels.npy", "reference.npy"]
+
+
+def test_convert_command(folder, tmp_path):
+    target = tmp_path / "model.safetensors"
+    document = json.loads(run("convert", folder, target, "--to", "packed", "--scheme", "tl1", "--json").stdout)
+    assert document["n_ternary"] == 14 and document["written_bytes"] == target.stat().st_size
+    np.testing.assert_array_equal(load(target).logits([1, 2]), load(folder).logits([1, 2]))
+    assert "--overwrite" in run("convert", folder, target, "--to", "packed", code=1).stderr
+
+
+def test_bench_command(folder):
+    arguments = ("model", folder, "--threads", 1, "--threads", 2, "--prompt", 5, "--generate", 4, "--json")
+    rows = json.loads(run("bench", *arguments).stdout)["rows"]
+    assert [row["threads"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["bytes_per_token"] == row["layer_bytes"] + row["head_bytes"] + row["cache_bytes"]
+        assert row["cache_bytes"] == 2 * 2 * 2 * 64 * 4 * 7.5
+        assert 0 < row["python_fraction"] < 1 and row["low_ns"] <= row["decode_step_ns"] <= row["high_ns"]
+    assert "decode tok/s" in run("bench", "model", folder, "--threads", 1, "--prompt", 2, "--generate", 2).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("bench", "model"), "exactly one of MODEL and --preset"),
+        (("bench", "model", "--preset", "2b4t"), "say --random"),
+        (("bench", "model", "--preset", "9b", "--random"), "--preset must be one of"),
+    ],
+)
+def test_bench_refuses(arguments, message):
+    assert message in run(*arguments, code=1).stderr

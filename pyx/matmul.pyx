@@ -11,8 +11,10 @@ from libc.string cimport memcpy, memset
 
 from kernel_abi cimport lut_t, matmul_t
 
-# Multiply-add kernels keep sums of up to 242 * 128 per column in int32, so longer rows are cut (interleaved_rows.pyx.j2).
-cdef Py_ssize_t SEGMENT = 65536
+# Columns that a kernel is given at once; longer rows are cut. Multiply-add kernels keep sums of up to 242 * 128 per column in
+# int32 (interleaved_rows.pyx.j2), and the tables of one token then take at most 1 MiB.
+SEGMENT_COLUMNS = 65536
+cdef Py_ssize_t SEGMENT = SEGMENT_COLUMNS
 # Bytes of operands (activations, or tables) that a pass over the weights works on: they stay in a second-level cache.
 cdef Py_ssize_t OPERAND_BYTES = 262144
 cdef Py_ssize_t TABLE_BYTES = 256  # of one block: eight lookups of 32 bytes
@@ -40,7 +42,7 @@ cdef int run(matmul_t kernel, lut_t build, const unsigned char* w, Py_ssize_t w_
     # One segment: n_blocks whole blocks of every row.
     cdef Py_ssize_t n_tiles = (m + rows - 1) // rows
     cdef Py_ssize_t operand = n_blocks * (TABLE_BYTES if build != NULL else block)
-    cdef Py_ssize_t batch = max(8, OPERAND_BYTES // operand // 8 * 8)
+    cdef Py_ssize_t batch = max(4, OPERAND_BYTES // operand // 4 * 4)
     cdef Py_ssize_t i, t, k, count, chunk
     cdef int n_parts = <int>min(<Py_ssize_t>n_threads, n_tiles)
     cdef int* sums = NULL
@@ -102,7 +104,7 @@ def matmul(kernel, lut, const unsigned char[:, ::1] w, Py_ssize_t m, Py_ssize_t 
     if lut is not None:
         build = <lut_t>PyCapsule_GetPointer(lut, b"bitnet_ref.lut/1")
     cdef Py_ssize_t n_tokens = x.shape[0], n_blocks = (k + block - 1) // block, padded = n_blocks * block
-    cdef Py_ssize_t segment = n_blocks if build != NULL else SEGMENT // block
+    cdef Py_ssize_t segment = SEGMENT // block
     cdef Py_ssize_t first, i, t, count
     cdef signed char* copy = NULL
     cdef int* partial = NULL

@@ -463,8 +463,8 @@ def test_products_build_no_tables_and_count_nothing(name, kernel):
 @pytest.mark.parametrize("n_threads", [1, 2])
 def test_probes_count_their_multiply_adds(name, kernel, n_threads):
     bytes_per_vector = {"scalar": 1, "avx2": 32, "avx512vnni": 64}[name.isa]
-    # A tile of 2 x 4 dot products a step, each as many multiply-adds as the vector has bytes, on every thread.
-    expected = 1000 * 8 * bytes_per_vector * kernels.resolve_threads(n_threads)
+    # A tile of rows x block dot products a step, each as many multiply-adds as the vector has bytes, on every thread.
+    expected = 1000 * name.rows * name.block * bytes_per_vector * kernels.resolve_threads(n_threads)
     assert kernel.multiply_adds(1000, n_threads) == expected
     with pytest.raises(ValueError, match=r"^n_steps must be at least 1, got -5$"):
         kernel.multiply_adds(-5)

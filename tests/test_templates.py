@@ -170,9 +170,9 @@ def test_the_build_holds_what_the_manifest_says():
 
 def test_the_manifest_lists_every_product_for_every_scheme_in_rising_rank():
     assert {(op, scheme) for op, scheme, _, _ in manifest()} >= {(op, s) for op in kernels.PRODUCTS for s in SCHEMES}
-    for _, _, _, isas in manifest():
+    for op, _, _, isas in manifest():
         ranks = [kernels.ISAS[isa] for isa in isas]
-        assert ranks == sorted(ranks) and isas[0] == "scalar"
+        assert ranks == sorted(ranks) and (isas[0] == "scalar" or op == "peak")  # a probe's tile may differ
     assert len(set(NAMES)) == len(NAMES)
 
 

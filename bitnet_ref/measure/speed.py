@@ -6,8 +6,8 @@ Method
 - Decoding reads every weight once, so one-token products cycle over copies that together hold twice the last-level
   cache: weights are cold, as they are in a model. Products of 128 tokens work on one matrix.
 - All programs take turns within a round, and so do the probes of the machine (streaming reads; int8 multiply-adds,
-  where many tokens share the weights): a change in the machine's speed hits all of them. Figures are medians over
-  rounds, with quartiles.
+  where many tokens share the weights): a change in the machine's speed hits all of them. With several threads, each
+  turn begins when the workers of the one before have gone to sleep. Figures are medians over rounds, with quartiles.
 - A probe of the same rounds and thread count gives ``read_bandwidth_fraction``: packed bytes per second over bytes that
   the machine can read at all. It may exceed 1 a little, since the probe is an ordinary C loop and not a bound by proof.
 """
@@ -34,6 +34,9 @@ SHAPES_2B4T = ((2560, 2560), (640, 2560), (6912, 2560), (2560, 6912))
 
 _PROBE_BYTES = 2**28  # far beyond any last-level cache that this is likely to meet
 _SLICE_NS = 15_000_000  # one program's turn in a round takes at least this long, or one call
+# Idle workers of a thread pool keep spinning for a while and would take a processor from the program that is next:
+# OpenBLAS for 2**26 cycles, OpenMP for some milliseconds.
+_SETTLE_S = 0.05
 
 
 @dataclass
@@ -107,6 +110,8 @@ def measure(
                     # A slow program has little spread to show; three turns of it are enough.
                     if len(program.times) < 3 or program.times[0] < 20 * _SLICE_NS:
                         program.turn()
+                        if threads > 1:
+                            time.sleep(_SETTLE_S)
         bandwidth[threads] += [_PROBE_BYTES / ns * 1e9 for ns in probe.times]
         for rate in rates:
             key = (str(rate.row["isa"]), threads)

@@ -14,7 +14,7 @@ SOURCES := $(shell find bitnet_ref pyx templates paper_figures -type f -not -nam
            meson.build meson.options pyproject.toml README.md
 
 .DEFAULT_GOAL := help
-.PHONY: help setup paper quick test test-random lint sanitize notebook dev clean
+.PHONY: help setup paper quick test test-random lint sanitize notebook jupyter clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -36,31 +36,34 @@ lint: $(VENV)/.dependencies  ## check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Address and undefined-behaviour sanitisers over everything compiled; its own build, on the PYTHONPATH before the installed one.
-# Leaks are not looked for: Python itself keeps memory until the process ends.
+# Address and undefined-behaviour sanitisers over everything compiled, in an environment of its own that borrows the packages of
+# $(VENV). Leaks are not looked for: Python itself keeps memory until the process ends.
 sanitize: $(VENV)/.dependencies  ## build with sanitisers and run the kernel tests under them
-	rm -rf build/sanitized && mkdir -p build
-	CFLAGS="-fno-sanitize-recover=all -fno-omit-frame-pointer -g" $(BIN)/pip install --quiet --no-build-isolation --no-deps \
-	  --target build/sanitized --config-settings=build-dir=build/sanitize \
+	rm -rf build/sanitized && $(PYTHON) -m venv --without-pip build/sanitized
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(build/sanitized/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"
+	CFLAGS="-fno-sanitize-recover=all -fno-omit-frame-pointer -g" $(BIN)/pip --python build/sanitized/bin/python install --quiet \
+	  --no-build-isolation --no-deps --ignore-installed --config-settings=build-dir=build/sanitize \
 	  --config-settings=setup-args=-Db_sanitize=address,undefined --config-settings=setup-args=-Db_lundef=false .
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  PYTHONPATH=build/sanitized $(BIN)/pytest -p no:cacheprovider tests/test_kernels.py tests/test_linear.py tests/test_verify.py
+	  build/sanitized/bin/python -P -m pytest -p no:cacheprovider tests/test_kernels.py tests/test_linear.py tests/test_verify.py
 
 notebook: setup  ## run the notebooks again and keep their outputs
 	$(BIN)/python notebooks/run.py
 
-dev: $(VENV)/.dependencies  ## install in editable mode: Python edits count at once, kernels rebuild on import
-	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable . --config-settings=build-dir=build/editable
+jupyter: setup  ## open the notebooks in JupyterLab
+	$(BIN)/pip install --quiet --disable-pip-version-check jupyterlab
+	$(BIN)/jupyter lab notebooks
 
 clean:  ## remove everything that these targets made
 	rm -rf $(VENV) build $(OUT) .pytest_cache .ruff_cache .hypothesis
 
 setup: $(VENV)/.installed
 
-# Installs when a source file is newer than the last install; the build folder is kept, so only what changed is compiled.
+# Editable: Python files count as they are in the checkout, and kernels whose templates changed are compiled on the next import.
+# A new or removed file wants a new install, so any change of a source triggers one; it compiles only what changed.
 $(VENV)/.installed: $(VENV)/.dependencies $(SOURCES)
 	@echo "building bitnet_ref (about a minute the first time) ..."
-	$(BIN)/pip install --quiet --no-build-isolation --no-deps --force-reinstall . --config-settings=build-dir=build/release
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable . --config-settings=build-dir=build/release
 	@touch $@
 
 $(VENV)/.dependencies: pyproject.toml

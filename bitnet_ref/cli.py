@@ -16,8 +16,10 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 import bitnet_ref
 from bitnet_ref import kernels
@@ -70,7 +72,7 @@ def main() -> None:
     """
 
 
-@main.command("kernels")
+@main.command("kernels", short_help="List the kernels of this build.")
 @json_option
 @command
 def kernels_command(as_json: bool) -> None:
@@ -87,11 +89,11 @@ def kernels_command(as_json: bool) -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-@main.command()
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the random inputs.")
+@main.command(short_help="Check every kernel against the NumPy reference.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random inputs.")
 @click.option(
     "--examples",
-    type=click.IntRange(min=1),
+    type=int,
     default=20,
     show_default=True,
     help="Random examples of each kind per kernel.",
@@ -137,10 +139,10 @@ def verify(seed: int, examples: int, as_json: bool) -> None:
         )
 
 
-@main.command()
+@main.command(short_help="Measure this machine and write the report.")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=click.Path(path_type=Path),
     default=Path("report"),
     show_default=True,
     help="Folder for report.html, results.json and figures/.",
@@ -148,7 +150,7 @@ def verify(seed: int, examples: int, as_json: bool) -> None:
 @click.option("--quick", is_flag=True, help="Fewer shapes and repeats: under a minute.")
 @click.option(
     "--weights",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=click.Path(path_type=Path),
     help="Also show the weight distribution of this model file.",
 )
 @json_option
@@ -166,7 +168,7 @@ def paper(out: Path, quick: bool, weights: Path | None, as_json: bool) -> None:
             quick=quick,
             weights=weights,
             command=shlex.join(words),
-            progress=lambda label, fraction: progress.update(task, description=label, completed=fraction),
+            progress=lambda label, fraction: progress.update(task, description=escape(label), completed=fraction),
         )
     if as_json:
         emit({"report": str(page), "results": str(page.parent / "results.json")})
@@ -174,7 +176,7 @@ def paper(out: Path, quick: bool, weights: Path | None, as_json: bool) -> None:
         click.echo(f"report written to {page}")
 
 
-@main.command()
+@main.command(short_help="Show the tensors of a weight file, and their ternarisation.")
 @click.argument("file", type=click.Path(path_type=Path))
 @json_option
 @command
@@ -190,7 +192,7 @@ def inspect(file: Path, as_json: bool) -> None:
         task = progress.add_task("reading", total=1.0)
 
         def advance(done: int, total: int, name: str) -> None:
-            progress.update(task, total=total, completed=done, description=name[:40])
+            progress.update(task, total=total, completed=done, description=escape(name[:40]))
 
         found = inspect_file(file, progress=advance)
     if as_json:
@@ -198,7 +200,9 @@ def inspect(file: Path, as_json: bool) -> None:
         return
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(
-        f"{found.path}: {found.format}, {found.file_bytes:,} bytes, {len(found.tensors)} tensors", highlight=False
+        f"{found.path}: {found.format}, {found.file_bytes:,} bytes, {len(found.tensors)} tensors",
+        highlight=False,
+        markup=False,
     )
     for key, value in found.metadata.items():
         console.print(f"  {key} = {value}", highlight=False, markup=False)
@@ -210,7 +214,7 @@ def inspect(file: Path, as_json: bool) -> None:
     table.add_column("note")
     for tensor in found.tensors:
         table.add_row(
-            tensor.name,
+            Text(tensor.name),
             " x ".join(map(str, tensor.shape)),
             tensor.type,
             f"{tensor.stored_bytes:,}",
@@ -218,7 +222,7 @@ def inspect(file: Path, as_json: bool) -> None:
             _number(tensor.fraction_zeros, ".1%"),
             _number(tensor.entropy_bits, ".3f"),
             _number(tensor.relative_error, ".3f"),
-            "already ternary" if tensor.already_ternary else tensor.note or "",
+            Text("already ternary" if tensor.already_ternary else tensor.note or ""),
         )
     console.print(table)
     for note in found.notes:

@@ -24,13 +24,14 @@ from typing import Any
 
 import numpy as np
 
-from bitnet_ref._native import _table, cpu, threads
+from bitnet_ref._native import _build, _table, cpu, threads
 from bitnet_ref._native import limits as _limits
 from bitnet_ref._native import matmul as _matmul
 from bitnet_ref.errors import KernelUnavailable
 from bitnet_ref.reference.packing import PackedTernary, get_scheme
 
 __all__ = [
+    "COMMIT",
     "COMPILER",
     "HAS_OPENMP",
     "ISAS",
@@ -54,6 +55,9 @@ ISAS = {"scalar": 0, "neon": 10, "avx2": 10, "neondot": 20, "avx512vnni": 20, "a
 
 MAX_K = 2**24 - 1
 """Largest number of inputs: K products of magnitude 128 must stay inside int32."""
+
+SEGMENT_COLUMNS: int = _matmul.SEGMENT_COLUMNS
+"""Columns of a row that a kernel is given at once; longer rows are cut and their sums added."""
 
 PRODUCTS = ("gemv", "gemm")
 OPS = (*PRODUCTS, "lut", "peak")
@@ -81,24 +85,21 @@ class KernelName(str):
         If the string has not that form.
     """
 
-    __slots__ = ()
+    op: str
+    act: str
+    scheme: str
+    rows: int
+    block: int
+    isa: str
 
     def __new__(cls, name: str) -> KernelName:
-        if _NAME.fullmatch(name) is None:
+        match = _NAME.fullmatch(name)
+        if match is None:
             raise ValueError(f"a kernel name has the form op_i8_scheme_RxB__isa, got {name!r}")
-        return super().__new__(cls, name)
-
-    def _part(self, index: int) -> str:
-        match = _NAME.fullmatch(self)
-        assert match is not None  # __new__ has refused every other string
-        return match[index]
-
-    op = property(lambda self: self._part(1))
-    act = property(lambda self: self._part(2))
-    scheme = property(lambda self: self._part(3))
-    rows = property(lambda self: int(self._part(4)))
-    block = property(lambda self: int(self._part(5)))
-    isa = property(lambda self: self._part(6))
+        self = super().__new__(cls, name)
+        self.op, self.act, self.scheme, rows, block, self.isa = match.groups()
+        self.rows, self.block = int(rows), int(block)
+        return self
 
     @classmethod
     def build(cls, op: str, act: str, scheme: str, rows: int, block: int, isa: str) -> KernelName:
@@ -108,6 +109,8 @@ class KernelName(str):
 
 _COMPILED = tuple(KernelName(name) for name in _table.COMPILED)
 COMPILER = _table.COMPILER
+COMMIT: str | None = _build.COMMIT or None
+"""Commit that this build was made from, with "+" if files had been changed; None outside a git checkout."""
 HAS_OPENMP = threads.has_openmp()
 
 
@@ -140,16 +143,21 @@ def isa_cap() -> str | None:
         If it names no instruction set, one that this build has no kernels for, or one that this processor lacks.
     """
     cap = os.environ.get("BITNET_REF_ISA", "")
-    if not cap:
-        return None
+    if cap:
+        _check_cap(cap, processor_isas())
+    return cap or None
+
+
+@functools.cache
+def _check_cap(cap: str, isas: tuple[str, ...]) -> None:
+    """Refuse a cap that names nothing, or nothing that this build and these instruction sets have."""
     built = sorted({name.isa for name in _COMPILED}, key=ISAS.__getitem__)
     if cap not in ISAS:
         raise KernelUnavailable(f"BITNET_REF_ISA must be one of {', '.join(ISAS)}, got {cap!r}")
     if cap not in built:
         raise KernelUnavailable(f"BITNET_REF_ISA={cap}: this build has no such kernels, only {', '.join(built)}")
-    if cap not in processor_isas():
-        raise KernelUnavailable(f"BITNET_REF_ISA={cap}: this processor supports only {', '.join(processor_isas())}")
-    return cap
+    if cap not in isas:
+        raise KernelUnavailable(f"BITNET_REF_ISA={cap}: this processor supports only {', '.join(isas)}")
 
 
 def supported(*ops: str) -> tuple[KernelName, ...]:
@@ -166,10 +174,16 @@ def select(op: str, scheme: str) -> Kernel:
     Raises
     ------
     ValueError
-        If the op or the scheme is unknown.
+        If the op, or the scheme of a product, is unknown.
     KernelUnavailable
         If this build has no kernel for them, or ``BITNET_REF_ISA`` is impossible.
     """
+    return _select(op, scheme, isa_cap(), processor_isas())
+
+
+@functools.cache
+def _select(op: str, scheme: str, cap: str | None, isas: tuple[str, ...]) -> Kernel:
+    """The choice, made once for each processor and cap."""
     if op in PRODUCTS:
         get_scheme(scheme)
     found = [name for name in supported(op) if name.scheme == scheme]
@@ -215,33 +229,23 @@ class Kernel:
             raise ValueError(f"{self.name} multiplies no matrix; name a gemv or gemm kernel")
         if self.name.scheme != packed.scheme:
             raise ValueError(f"{self.name} reads scheme {self.name.scheme}, got a matrix packed as {packed.scheme}")
-        if not isinstance(x_q, np.ndarray) or x_q.dtype != np.int8:
-            raise TypeError(f"x_q must be an int8 array, got {getattr(x_q, 'dtype', type(x_q).__name__)}")
+        _check_int8(x_q)
         if x_q.ndim < 1 or x_q.shape[-1] != k:
             raise ValueError(f"x_q must have shape (..., {k}) for this matrix of K = {k}, got shape {x_q.shape}")
         if k > MAX_K:
             raise ValueError(f"K must be at most {MAX_K} so that no int32 sum overflows, got {k}")
-        if packed.data.shape != scheme.data_shape(packed.shape):
-            raise ValueError(
-                f"{packed.scheme} data of a {m} x {k} matrix must have shape {scheme.data_shape(packed.shape)}, "
-                f"got {packed.data.shape}"
-            )
         shape = (*x_q.shape[:-1], m)
         if out is None:
             out = np.empty(shape, np.int32)
-        elif not isinstance(out, np.ndarray) or out.dtype != np.int32:
-            raise TypeError(f"out must be an int32 array, got {getattr(out, 'dtype', type(out).__name__)}")
-        elif out.shape != shape or not out.flags.carray:
-            raise ValueError(
-                f"out must be a writable, aligned, C-contiguous array of shape {shape}, got {_describe(out)}"
-            )
+        else:
+            check_out(out, shape, np.int32)
         _matmul.matmul(
             *self.capsules(),
             packed.data,
             m,
             k,
-            np.ascontiguousarray(x_q).reshape(-1, k),
-            out.reshape(-1, m),
+            np.ascontiguousarray(x_q) if x_q.ndim == 2 else np.ascontiguousarray(x_q).reshape(-1, k),
+            out if out.ndim == 2 else out.reshape(-1, m),
             scheme.rows,
             scheme.block,
             scheme.tile_block_bytes,
@@ -263,6 +267,8 @@ class Kernel:
         """
         if self.name.op != "peak":
             raise ValueError(f"only peak probes count multiply-adds, {self.name} is a {self.name.op} kernel")
+        if n_steps < 1:
+            raise ValueError(f"n_steps must be at least 1, got {n_steps}")
         return _limits.multiply_adds(self._capsule, n_steps, resolve_threads(n_threads))
 
     def build_tables(self, x_q: np.ndarray) -> np.ndarray:
@@ -285,8 +291,7 @@ class Kernel:
         """
         if self.name.op != "lut":
             raise ValueError(f"only lut kernels build tables, {self.name} multiplies")
-        if not isinstance(x_q, np.ndarray) or x_q.dtype != np.int8:
-            raise TypeError(f"x_q must be an int8 array, got {getattr(x_q, 'dtype', type(x_q).__name__)}")
+        _check_int8(x_q)
         if x_q.ndim != 1 or x_q.size == 0:
             raise ValueError(f"x_q must be one token of shape (K,) with K >= 1, got shape {x_q.shape}")
         n_blocks = -(-x_q.size // self.name.block)
@@ -316,6 +321,8 @@ def matmul(
     ----------
     x_q : ndarray of shape (..., K), int8. Not modified.
     packed : PackedTernary of shape (M, K)
+        Bytes that :func:`bitnet_ref.pack` made, or that its ``unpack()`` has accepted: kernels do not look for codes
+        that stand for no weights. Such codes give wrong sums, never reads or writes outside the arrays.
     kernel : str, optional
         A name from :func:`bitnet_ref.kernels.supported`. Without it the best one for one token (gemv) or several
         (gemm) is taken.
@@ -359,7 +366,8 @@ def resolve_threads(n_threads: int | None) -> int:
     ----------
     n_threads : int, optional
         None: OpenMP's default (``OMP_NUM_THREADS``, else the processors that this process may use). Otherwise at
-        least 1 and taken as it is. A build without OpenMP has one thread, whatever is asked for.
+        least 1 and taken as it is. A build without OpenMP has one thread, whatever is asked for, and so has a process
+        that was forked from this one: OpenMP's threads do not survive a fork, and waiting for them would never end.
 
     Raises
     ------
@@ -369,13 +377,13 @@ def resolve_threads(n_threads: int | None) -> int:
         If it is not an integer.
     """
     if n_threads is None:
-        return threads.default_threads()
+        return 1 if _forked else threads.default_threads()
     if isinstance(n_threads, bool) or not hasattr(n_threads, "__index__"):
         raise TypeError(f"n_threads must be an integer or None, got {type(n_threads).__name__}")
     n = operator.index(n_threads)
     if not 1 <= n <= 1024:
         raise ValueError(f"n_threads must be between 1 and 1024, got {n}")
-    return n if threads.has_openmp() else 1
+    return n if threads.has_openmp() and not _forked else 1
 
 
 def table() -> Iterator[dict[str, object]]:
@@ -391,6 +399,18 @@ def table() -> Iterator[dict[str, object]]:
             "supported": name in may_run,
             "active": name in may_run and select(name.op, name.scheme).name == name,
         }
+
+
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @functools.cache
@@ -409,6 +429,25 @@ def _table_builder(name: KernelName) -> Kernel:
     """The table builder that goes with a product: the highest one that needs no more than its instruction set."""
     usable = [lut for lut in compiled("lut") if lut.scheme == name.scheme and ISAS[lut.isa] <= ISAS[name.isa]]
     return _load(max(usable, key=lambda lut: ISAS[lut.isa]))
+
+
+def check_out(out: np.ndarray, shape: tuple[int, ...], dtype: type) -> None:
+    """Refuse an out-parameter that is not a writable, aligned, C-contiguous array of that shape and dtype."""
+    if not isinstance(out, np.ndarray) or out.dtype != dtype:
+        article = "an" if dtype is np.int32 else "a"
+        raise TypeError(f"out must be {article} {np.dtype(dtype)} array, got {_type(out)}")
+    if out.shape != shape or not out.flags.carray:
+        raise ValueError(f"out must be a writable, aligned, C-contiguous array of shape {shape}, got {_describe(out)}")
+
+
+def _check_int8(x_q: np.ndarray) -> None:
+    if not isinstance(x_q, np.ndarray) or x_q.dtype != np.int8:
+        raise TypeError(f"x_q must be an int8 array, got {_type(x_q)}")
+
+
+def _type(value: object) -> str:
+    """What came, for a message: the dtype of an array, the type of anything else."""
+    return str(value.dtype) if isinstance(value, np.ndarray) else type(value).__name__
 
 
 def _describe(array: np.ndarray) -> str:

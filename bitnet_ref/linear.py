@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from bitnet_ref.kernels import matmul
+from bitnet_ref.kernels import check_out, matmul
 from bitnet_ref.reference.matmul import checked_scale
 from bitnet_ref.reference.packing import PackedTernary
 from bitnet_ref.reference.quantize import quantize_activations
@@ -64,15 +64,14 @@ class BitLinear:
             If x is not floating point, has the wrong shape or is not finite, or out does not fit.
         """
         x_q, x_scale = quantize_activations(x)
+        k = self.w_packed.shape[1]
+        if x_q.shape[-1] != k:
+            raise ValueError(f"x must have shape (..., {k}) for this layer of K = {k}, got shape {x_q.shape}")
         shape = (*x_q.shape[:-1], self.w_packed.shape[0])
         if out is None:
             out = np.empty(shape, np.float32)
-        elif not isinstance(out, np.ndarray) or out.dtype != np.float32:
-            raise TypeError(f"out must be a float32 array, got {getattr(out, 'dtype', type(out).__name__)}")
-        elif out.shape != shape or not out.flags.carray:
-            raise ValueError(
-                f"out must be a writable, aligned, C-contiguous array of shape {shape}, got shape {out.shape}"
-            )
+        else:
+            check_out(out, shape, np.float32)
         # int32 and float32 have one size, so the sums lie in out itself until they are scaled.
         sums = matmul(x_q, self.w_packed, kernel=kernel, n_threads=n_threads, out=out.view(np.int32))
         return np.multiply(sums, x_scale * self.w_scale, out=out, dtype=np.float32, casting="unsafe")

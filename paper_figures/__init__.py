@@ -5,7 +5,7 @@ Every figure module has
 
 - ``SECTION``, the key of the results that it needs, and the section of the report that it belongs to;
 - ``KINDS``, which of measured, modelled and quoted its figures are;
-- ``CAPTION``, what is shown, of which kind and from which source;
+- ``CAPTION``, what is shown, of which kind and from which source; ``caption(results)`` where that depends on results;
 - ``draw(results)``, which returns a matplotlib ``Figure``.
 
 It runs as a script, too: ``python -m bitnet_ref.paper_figures.fig_roofline results.json roofline.pdf``.
@@ -41,9 +41,9 @@ __all__ = [
     "main",
     "main_shape",
     "name_rows",
-    "peak_macs_per_s",
     "percent",
     "plain_log_ticks",
+    "probe_macs_per_s",
     "read_bandwidth",
     "save",
     "select",
@@ -202,16 +202,16 @@ def read_bandwidth(limits: Rows, threads: int) -> float | None:
     return found[0]["median_per_s"] if found else None
 
 
-def peak_macs_per_s(limits: Rows, isa: str | None, threads: int) -> float | None:
-    """Measured int8 multiply-add rate of an instruction set, MAC/s; None without one.
+def probe_macs_per_s(limits: Rows, isa: str | None, threads: int) -> float | None:
+    """Int8 multiply-add rate that a probe reached in an instruction set, MAC/s; None without one.
 
     An instruction set without a probe of its own (avx512vbmi adds permutes; its multiply-adds are those of avx512vnni)
     takes the highest that was measured.
     """
-    peaks = {row["isa"]: row["median_per_s"] for row in select(limits, what="int8_multiply_adds", threads=threads)}
-    if isa is None or not peaks:
+    rates = {row["isa"]: row["median_per_s"] for row in select(limits, what="int8_multiply_adds", threads=threads)}
+    if isa is None or not rates:
         return None
-    return peaks.get(isa, max(peaks.values()))
+    return rates.get(isa, max(rates.values()))
 
 
 def name_rows(axes: Axes, names: list[str]) -> None:

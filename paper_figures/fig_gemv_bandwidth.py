@@ -26,9 +26,9 @@ SECTION = "speed"
 KINDS = ("measured",)
 CAPTION = (
     "Bytes of weights read a second, as a share of the read bandwidth that a compiled loop of plain reads reached in "
-    "the same rounds on the same number of threads; both measured. 100 % is the most that a kernel can reach with "
-    "weights that come from memory; a point beyond it says that the probe met a busier moment than the kernel. "
-    "Activations and results are not in the bytes."
+    "the same rounds on the same number of threads; both measured. The loop is an ordinary program, not a proven "
+    "bound: with weights that come from memory a kernel may come out slightly above 100 %. Activations and results "
+    "are not in the bytes."
 )
 
 _MARKERS = "osD^vP"

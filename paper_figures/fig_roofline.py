@@ -28,9 +28,10 @@ KINDS = ("measured",)
 CAPTION = (
     "Each point is a kernel, all measured in this run. Across: multiply-adds for each byte of weights, which follows "
     "from the packing and the number of tokens; up: multiply-adds a second. The slope is the measured read bandwidth, "
-    "the level lines are the measured int8 multiply-add rates of the instruction sets, in registers alone. A point on "
-    "the slope waits for memory, a point on a level line for the multiplier, and one below both for something else: "
-    "decoding, or, for tl1 and tl2, table look-ups."
+    "each level line is the measured int8 multiply-add rate of a probe in one instruction set, in registers alone. A "
+    "point on the slope waits for memory, a point on a level line for the multiplier, and one below both for "
+    "something else: decoding, or, for tl1 and tl2, table look-ups. The probes are ordinary programs, not proven "
+    "bounds: a kernel may come out slightly above a line."
 )
 
 _MARKERS = "XosD^v"
@@ -49,12 +50,12 @@ def draw(results: dict[str, Any]) -> Figure:
 
     xs = [row["tokens"] * row["m"] * row["k"] / row["weight_bytes"] for row in rows]
     ys = [row["weights_per_s"] / 1e9 for row in rows]
-    peaks = [row["median_per_s"] / 1e9 for row in select(limits, what="int8_multiply_adds")]
+    probes = [row["median_per_s"] / 1e9 for row in select(limits, what="int8_multiply_adds")]
     one_token = [x for x, row in zip(xs, rows, strict=True) if row["tokens"] == min(r["tokens"] for r in rows)]
     # Free places for labels: along the slope between NumPy and the kernels, and right of the one-token points.
     beside_slope, between = math.sqrt(min(one_token) * max(one_token)), 2 * max(one_token)
     x_low, x_high = min(xs) / 2, max(xs) * 3
-    y_low, y_high = min(ys) / 2, max([*ys, *peaks]) * 2.5
+    y_low, y_high = min(ys) / 2, max([*ys, *probes]) * 2.5
 
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     panels = figure.subplots(1, len(threads), sharex=True, sharey=True, squeeze=False)[0]

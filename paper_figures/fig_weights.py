@@ -20,6 +20,18 @@ CAPTION = (
     "rounding these weights; it says nothing about a model that is then trained further."
 )
 
+
+def caption(results: dict[str, Any]) -> str:
+    """The caption, which says so where the layers are not stored as the floats that are counted."""
+    types = results["weights"]["histogram"]["dequantised_from"]
+    if not types:
+        return CAPTION
+    return (
+        f"{CAPTION} Layers that the file stores as {' and '.join(types)} were dequantised: what is counted are those "
+        "values, on the few levels of each block, not the weights before they were quantised."
+    )
+
+
 # A Gaussian of sigma 1 has mean|w| = s = sqrt(2 / pi) and its threshold at t = s / 2.
 _SCALE = math.sqrt(2 / math.pi)
 _GAUSSIAN_ZEROS = math.erf(_SCALE / 2 / math.sqrt(2))
@@ -55,7 +67,9 @@ def draw(results: dict[str, Any]) -> Figure:
         axes.text(x, 0.95 * ceiling, text, ha="center", va="top", fontweight="bold")
     axes.annotate("Gaussian (modelled)", (1.55, math.exp(-1.55 * 1.55 / math.pi) / math.pi), (12, 12),
                   textcoords="offset points", fontsize=8, color=VERMILION)  # fmt: skip
-    axes.set_xlabel("weight / mean|weight| of its layer")
+    types = histogram["dequantised_from"]
+    dequantised = f" (dequantised from {', '.join(types)})" if types else ""
+    axes.set_xlabel(f"weight / mean|weight| of its layer{dequantised}")
     axes.set_ylabel("density")
 
     for place, key, label, reference in (

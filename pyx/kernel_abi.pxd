@@ -16,6 +16,6 @@ ctypedef void (*matmul_t)(const unsigned char* w, Py_ssize_t w_stride,
 # "bitnet_ref.lut/1": table[256 * b ...] = the eight lookup tables of block b, each 16 low digits then 16 high digits.
 ctypedef void (*lut_t)(const signed char* x, signed char* table, Py_ssize_t n_blocks) noexcept nogil
 
-# "bitnet_ref.peak/1": n_steps rounds of a register tile of dot products on 448 bytes of each operand; the twelve sums keep
+# "bitnet_ref.peak/1": n_steps rounds of a register tile of dot products on 448 bytes of each operand; the sums (at most 16) keep
 # the compiler from dropping the work. Returns the number of multiply-adds.
 ctypedef long long (*peak_t)(const unsigned char* codes, const signed char* acts, int* sums, Py_ssize_t n_steps) noexcept nogil

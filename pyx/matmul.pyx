@@ -9,10 +9,15 @@ from cython.parallel cimport prange
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
+cimport numpy as cnp
 from kernel_abi cimport lut_t, matmul_t
 
-# Multiply-add kernels keep sums of up to 242 * 128 per column in int32, so longer rows are cut (interleaved_rows.pyx.j2).
-cdef Py_ssize_t SEGMENT = 65536
+cnp.import_array()
+
+# Columns that a kernel is given at once; longer rows are cut. Multiply-add kernels keep sums of up to 242 * 128 per column in
+# int32 (interleaved_rows.pyx.j2), and the tables of one token then take at most 1 MiB.
+SEGMENT_COLUMNS = 65536
+cdef Py_ssize_t SEGMENT = SEGMENT_COLUMNS
 # Bytes of operands (activations, or tables) that a pass over the weights works on: they stay in a second-level cache.
 cdef Py_ssize_t OPERAND_BYTES = 262144
 cdef Py_ssize_t TABLE_BYTES = 256  # of one block: eight lookups of 32 bytes
@@ -40,7 +45,7 @@ cdef int run(matmul_t kernel, lut_t build, const unsigned char* w, Py_ssize_t w_
     # One segment: n_blocks whole blocks of every row.
     cdef Py_ssize_t n_tiles = (m + rows - 1) // rows
     cdef Py_ssize_t operand = n_blocks * (TABLE_BYTES if build != NULL else block)
-    cdef Py_ssize_t batch = max(8, OPERAND_BYTES // operand // 8 * 8)
+    cdef Py_ssize_t batch = max(4, OPERAND_BYTES // operand // 4 * 4)
     cdef Py_ssize_t i, t, k, count, chunk
     cdef int n_parts = <int>min(<Py_ssize_t>n_threads, n_tiles)
     cdef int* sums = NULL
@@ -90,26 +95,30 @@ cdef int run(matmul_t kernel, lut_t build, const unsigned char* w, Py_ssize_t w_
     return 0
 
 
-def matmul(kernel, lut, const unsigned char[:, ::1] w, Py_ssize_t m, Py_ssize_t k, const signed char[:, ::1] x,
-           int[:, ::1] out, Py_ssize_t rows, Py_ssize_t block, Py_ssize_t block_bytes, int n_threads):
+def matmul(kernel, lut, cnp.ndarray w, Py_ssize_t m, Py_ssize_t k, cnp.ndarray x, cnp.ndarray out,
+           Py_ssize_t rows, Py_ssize_t block, Py_ssize_t block_bytes, int n_threads):
     """out (T, M) int32 = x (T, K) int8 times the transpose of the packed (M, K) matrix.
 
     kernel, lut : capsules of a compiled variant; lut is None for multiply-add schemes
+    w, x, out : C-contiguous arrays of uint8, int8 and int32. They are taken by address: a memoryview of each would cost a
+        small product a tenth of its time.
     w : packed tiles, one a row; a tile has ``rows`` rows, a block ``block`` columns and ``block_bytes`` bytes
     """
     cdef matmul_t call = <matmul_t>PyCapsule_GetPointer(kernel, b"bitnet_ref.matmul/1")
     cdef lut_t build = NULL
     if lut is not None:
         build = <lut_t>PyCapsule_GetPointer(lut, b"bitnet_ref.lut/1")
+    cdef const unsigned char* weights = <const unsigned char*>cnp.PyArray_DATA(w)
+    cdef Py_ssize_t w_stride = w.shape[1]
+    cdef int* sums = <int*>cnp.PyArray_DATA(out)
     cdef Py_ssize_t n_tokens = x.shape[0], n_blocks = (k + block - 1) // block, padded = n_blocks * block
-    cdef Py_ssize_t segment = n_blocks if build != NULL else SEGMENT // block
+    cdef Py_ssize_t segment = SEGMENT // block
     cdef Py_ssize_t first, i, t, count
     cdef signed char* copy = NULL
     cdef int* partial = NULL
-    cdef const signed char* activations
+    cdef const signed char* activations = <const signed char*>cnp.PyArray_DATA(x)
     if n_tokens == 0:
         return
-    activations = &x[0, 0]
     with nogil:
         if padded != k:
             copy = <signed char*>malloc(n_tokens * padded)
@@ -122,7 +131,7 @@ def matmul(kernel, lut, const unsigned char[:, ::1] w, Py_ssize_t m, Py_ssize_t 
             activations = copy
         try:
             count = min(segment, n_blocks)
-            run(call, build, &w[0, 0], w.shape[1], m, activations, padded, n_tokens, &out[0, 0], m,
+            run(call, build, weights, w_stride, m, activations, padded, n_tokens, sums, m,
                 rows, block, count, n_threads)
             if count < n_blocks:
                 partial = <int*>malloc(n_tokens * m * sizeof(int))
@@ -132,11 +141,10 @@ def matmul(kernel, lut, const unsigned char[:, ::1] w, Py_ssize_t m, Py_ssize_t 
                 first = count
                 while first < n_blocks:
                     count = min(segment, n_blocks - first)
-                    run(call, build, &w[0, 0] + first * block_bytes, w.shape[1], m, activations + first * block, padded,
+                    run(call, build, weights + first * block_bytes, w_stride, m, activations + first * block, padded,
                         n_tokens, partial, m, rows, block, count, n_threads)
-                    for t in range(n_tokens):
-                        for i in range(m):
-                            out[t, i] += partial[t * m + i]
+                    for i in range(n_tokens * m):
+                        sums[i] += partial[i]
                     first += count
         finally:
             free(copy)

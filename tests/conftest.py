@@ -20,7 +20,7 @@ settings.register_profile(
     "deterministic", derandomize=True, database=None, deadline=None, print_blob=True, max_examples=40
 )
 settings.register_profile(
-    "random", deadline=None, print_blob=True, max_examples=2000, suppress_health_check=[HealthCheck.too_slow]
+    "random", deadline=None, print_blob=True, max_examples=400, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile(os.environ.get("BITNET_REF_HYPOTHESIS", "deterministic"))
 

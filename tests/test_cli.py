@@ -78,8 +78,16 @@ def test_impossible_instruction_set_is_one_sentence(monkeypatch):
 
 
 def test_usage_errors_exit_with_2():
-    for arguments in (["verify", "--examples", "0"], ["verify", "--seed", "-1"], ["inspect"], ["nothing"]):
+    for arguments in (["verify", "--examples", "many"], ["verify", "--what"], ["inspect"], ["nothing"]):
         run(*arguments, expect=2)
+
+
+def test_impossible_values_are_one_sentence(tmp_path):
+    for arguments in (["--examples", 0], ["--seed", -1]):
+        message = sentence(run("verify", *arguments, expect=1))
+        assert message.startswith("seed must be at least 0 and examples at least 1, got ")
+    (tmp_path / "file").write_text("")
+    assert "file" in sentence(run("paper", "--quick", "--out", tmp_path / "file", expect=1))
 
 
 def test_inspect(tmp_path):
@@ -97,6 +105,13 @@ def test_inspect(tmp_path):
     assert row["fraction_zeros"] == pytest.approx((br.quantize_weights(w)[0] == 0).mean())
     text = run("inspect", tmp_path / "a.safetensors").stdout
     assert "up_proj" in text and "256 x 512" in text and f"{row['fraction_zeros']:.1%}" in text
+
+
+def test_inspect_prints_names_as_they_are(tmp_path):
+    names = ["w[/foo].weight", "[red]x[/red].weight"]
+    save_file({name: np.ones((2, 3), np.float32) for name in names}, tmp_path / "[a].safetensors")
+    text = run("inspect", tmp_path / "[a].safetensors").stdout
+    assert all(name in text for name in [*names, "[a].safetensors"])
 
 
 def test_inspect_refuses_in_one_sentence(tmp_path):

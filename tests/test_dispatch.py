@@ -189,6 +189,7 @@ def test_select_refuses_unknown_ops_and_schemes(monkeypatch):
     with pytest.raises(KernelUnavailable, match=r"^this build has no lut kernel for scheme i2$"):
         kernels.select("lut", "i2")
     monkeypatch.setattr(kernels, "_COMPILED", tuple(n for n in kernels._COMPILED if n.scheme != "tl2"))
+    kernels._select.cache_clear()
     with pytest.raises(KernelUnavailable, match=r"^this build has no gemm kernel for scheme tl2$"):
         kernels.select("gemm", "tl2")
 
@@ -425,3 +426,25 @@ def test_the_default_is_openmps():
     assert python(RESOLVED, OMP_NUM_THREADS="1").stdout == "1 2\n"
     if hasattr(os, "sched_getaffinity"):
         assert python(RESOLVED).stdout == f"{len(os.sched_getaffinity(0))} 2\n"
+
+
+FORKED = """
+import os, signal, sys
+import numpy as np
+import bitnet_ref as br
+packed = br.pack(np.ones((64, 128), np.int8), "i2")
+x_q = np.ones(128, np.int8)
+br.matmul(x_q, packed, n_threads=2)
+child = os.fork()
+signal.alarm(20)
+if child == 0:
+    fine = (br.matmul(x_q, packed, n_threads=2) == 128).all() and br.kernels.resolve_threads(2) == 1
+    os._exit(0 if fine else 1)
+sys.exit(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_forked_processes_use_one_thread_and_do_not_hang():
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

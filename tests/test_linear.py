@@ -203,7 +203,7 @@ def test_refuses_activations():
         with pytest.raises(ValueError, match=r"x must have shape \(\.\.\., K\)"):
             layer(np.ones(shape, F32))
     for shape in [(69,), (70, 2)]:
-        with pytest.raises(ValueError, match="for this matrix of K = 70"):
+        with pytest.raises(ValueError, match=r"^x must have shape \(\.\.\., 70\) for this layer of K = 70, got shape"):
             layer(np.ones(shape, F32))
     for bad in (np.nan, np.inf):
         x = np.ones((2, 70), F32)

@@ -169,6 +169,45 @@ def test_steps_go_from_the_published_figure_to_the_whole_model() -> None:
     assert f"{ratio:.2f}" == "4.09"
 
 
+def test_account_rows_are_2b4t_in_every_layout_and_the_rivals() -> None:
+    rows = memory.account_rows()
+    layouts = ["i2", "base3", "tl1", "tl2", "I2_S", "TQ1_0", "TQ2_0", "TL2 (bitnet.cpp)"]
+    assert [row.body for row in rows if row.model == BITNET_2B4T.name] == layouts
+    assert [row.model for row in rows if row.body == "bf16"] == [arch.name for arch in RIVALS]
+    assert len(rows) == len(layouts) + len(RIVALS)
+    for row in rows:
+        parts = ("matrices", "scales", "norms", "biases", "embedding", "kv")
+        assert row.total_bytes == sum(getattr(row, f"{part}_bytes") for part in parts)
+        assert row.total_mb == row.total_bytes / 1e6
+        assert row.kv_tokens == 2048
+
+
+def test_account_rows_have_the_known_bytes() -> None:
+    rows = {(row.model, row.body): row for row in memory.account_rows()}
+    i2s = rows[BITNET_2B4T.name, "I2_S"]
+    # The load log of microsoft/BitNet issue 229: 1124.81 MiB of tensors, 150.00 MiB of cache.
+    assert (i2s.total_bytes, i2s.kv_bytes) == (1_336_736_320, 150 * 2**20)
+    assert f"{(i2s.total_bytes - i2s.kv_bytes) / 2**20:.2f}" == "1124.81"
+    parts = (i2s.matrices_bytes, i2s.scales_bytes, i2s.norms_bytes, i2s.biases_bytes, i2s.embedding_bytes)
+    # 2 bits a weight; 210 trailers of 32 bytes; 440,320 norm weights in f32; 128,256 x 2560 values in f16.
+    assert parts == (2_084_044_800 // 4, 210 * 32, 440_320 * 4, 0, 128_256 * 2560 * 2)
+    assert rows[BITNET_2B4T.name, "base3"].scales_bytes == 210 * 4
+    assert rows[BITNET_2B4T.name, "TQ1_0"].scales_bytes == 0
+    # Two bytes for each parameter of the published checkpoint, biases and norms included.
+    for arch in RIVALS:
+        row = rows[arch.name, "bf16"]
+        assert row.total_bytes - row.kv_bytes == 2 * arch.parameters
+    assert rows[QWEN25_1_5B.name, "bf16"].biases_bytes == 2 * 28 * (1536 + 2 * 256)
+
+
+def test_account_rows_take_another_context() -> None:
+    for short, long in zip(memory.account_rows(1024), memory.account_rows(4096), strict=True):
+        # Gemma-3 caches at most 512 tokens in 22 of 26 layers; all others cache all tokens.
+        factor = (22 * 512 + 4 * 4096) / (22 * 512 + 4 * 1024) if short.model == GEMMA3_1B.name else 4
+        assert long.kv_bytes == short.kv_bytes * factor
+        assert long.total_bytes - long.kv_bytes == short.total_bytes - short.kv_bytes
+
+
 # ------------------------------------------------------------------------------------------------------ properties
 ARCHITECTURES = st.sampled_from([*PUBLISHED_SIX, *B158_SHAPES.values()])
 
@@ -244,7 +283,14 @@ def test_table_formats_have_the_bits_of_their_blocks() -> None:
 
 @pytest.mark.parametrize(
     "rows",
-    [memory.paper_steps, memory.body_rows, memory.embedding_rows, memory.rival_rows, memory.kv_rows],
+    [
+        memory.account_rows,
+        memory.paper_steps,
+        memory.body_rows,
+        memory.embedding_rows,
+        memory.rival_rows,
+        memory.kv_rows,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_every_row_names_its_kind_and_source(rows) -> None:
@@ -266,6 +312,12 @@ def test_the_page_prints_what_the_account_gives() -> None:
     page = PAGE.read_text(encoding="utf-8")
     steps = memory.paper_steps()
     expected = [f"| {row.step} | {row.bytes:,} | {row.mb:.1f} | {row.mib:.3f} |" for row in steps]
+    expected += [
+        f"| {row.model} | {row.body} | {row.matrices_bytes:,} | {row.scales_bytes:,} | {row.norms_bytes:,} | "
+        f"{row.biases_bytes:,} | {row.embedding_bytes:,} | {row.kv_bytes:,} | {row.total_bytes:,} | "
+        f"{row.total_mb:.1f} |"
+        for row in memory.account_rows()
+    ]
     expected += [text for row in steps for text in (row.published, row.published_source, row.reason)]
     expected += [
         f"| {row.body} | {row.body_bytes:,} | {row.body_mb:.1f} | {row.bits_per_weight:.4f} | {row.scale_bytes:,} |"

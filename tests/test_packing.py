@@ -383,3 +383,28 @@ def test_tables_refuse(name):
     for shape in [(), (0,), (2, 4)]:
         with pytest.raises(ValueError, match=r"x_q must be one token of shape \(K,\)"):
             getattr(packing, name)(np.zeros(shape, np.int8))
+
+
+def test_a_packed_matrix_cannot_be_changed():
+    packed = pack(np.ones((5, 70), np.int8), "i2")
+    again = pickle.loads(pickle.dumps(packed))
+    assert again == packed and not again.data.flags.writeable
+    owner = packed.data.copy()
+    view = owner[:]
+    view.setflags(write=False)
+    taken = PackedTernary(view, packed.shape, packed.scheme)
+    owner[:] = 0
+    assert taken == packed
+    assert (packed == packed.data) is False
+
+
+@pytest.mark.parametrize("shape", [(8,), (1, 2, 3), 8, ("a", "b"), None])
+def test_refuses_what_is_no_shape(shape):
+    with pytest.raises(ValueError, match=r"^shape must be two integers \(M, K\), got "):
+        PackedTernary(np.zeros((2, 64), np.uint8), shape, "i2")
+
+
+@pytest.mark.parametrize("name", ["i3", ["i2"], None])
+def test_refuses_what_is_no_scheme(name):
+    with pytest.raises(ValueError, match=r"^scheme must be one of i2, base3, tl1, tl2, got "):
+        pack(np.ones((1, 1), np.int8), name)

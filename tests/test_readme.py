@@ -44,6 +44,10 @@ def test_commands_of_the_table_exist():
             assert option in result.output, f"{command} {option}"
 
 
+def test_nothing_waits_to_be_filled_in():
+    assert not re.search(r"@[A-Z]+@|\b(TODO|TBD|FIXME|COMMIT)\b", README)
+
+
 def test_python_example_runs():
     examples = re.findall(r"```python\n(.*?)```", README, re.S)
     assert examples

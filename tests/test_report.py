@@ -186,7 +186,30 @@ def test_every_row_names_its_kind(weight_file):
 def test_six_energies_and_all_memory_tables():
     results = collecting.modelled_results()
     assert [row["model"] for row in results["energy"]] == list(energy.PUBLISHED_JOULES)
-    assert {row["table"] for row in results["memory"]} == {"steps", "body", "embedding", "rivals", "kv"}
+    assert {row["table"] for row in results["memory"]} == {"steps", "account", "body", "embedding", "rivals", "kv"}
+
+
+def test_what_is_computed_from_quoted_figures_is_modelled():
+    titles = {table.title: table for table in html.tables(made_up_results())["energy"]}
+    implied = titles["What measurements of others imply: joules a token times tokens a second"]
+    assert {column.heading: column.kind for column in implied.columns if column.numeric} == {
+        "energy": "quoted",
+        "speed": "quoted",
+        "power implied": "modelled",
+        "saving": "modelled",
+        "saving that the speed-up alone would give": "modelled",
+    }
+    # Over the whole of the results: a kind of its own is given to no row but for what others printed.
+    assert all(row["kind"] != "quoted" for _, rows in tables_in(collecting.modelled_results()) for row in rows)
+
+
+def test_account_table_has_every_part_of_every_model():
+    (table,) = (t for t in html.tables(made_up_results())["memory"] if t.title.startswith("Every part"))
+    cells = {row[:2]: row[2:] for row in table.cells}
+    expected = ("1,336,736,320", "521,011,200", "6,720", "1,761,280", "0", "656,670,720", "157,286,400")
+    assert cells["BitNet b1.58 2B4T", "I2_S"] == expected
+    assert len({model for model, _ in cells}) == 6 and "2,048 tokens" in table.note
+    assert {column.kind for column in table.columns if column.numeric} == {"modelled"}
 
 
 def test_parts_add_up_to_the_last_case():
@@ -344,8 +367,57 @@ def test_a_disturbed_run_says_so():
             row["weights_per_s"] /= 100
     load, slow = html.cautions(busy)
     assert "1.5 on 2 processors" in load
-    assert "With 1 token, 2 threads were slower than 1 thread (1.54 against 123 · 10⁹/s)" in slow
+    expected = "On 2 threads the fastest kernel with 1 token was below that on 1 thread (1.54 against 123 · 10⁹/s)."
+    assert slow.startswith(expected)
     assert html.render(busy, []).count("Caution.") == 2
+
+
+def slower_kernels(results, tokens):
+    for row in results["speed"]:
+        if row["tokens"] == tokens and row["threads"] == 2 and row["program"] != "numpy":
+            row["weights_per_s"] /= 2
+
+
+def slower_memory(results):
+    (row,) = paper_figures.select(results["limits"], what="read_bandwidth", threads=2)
+    row["median_per_s"] = 12e9
+
+
+@pytest.mark.parametrize(
+    ("disturb", "said"),
+    [
+        (slower_memory, "the read bandwidth was below that on 1 thread (12 against 30 GB/s)"),
+        (lambda results: slower_kernels(results, 1), "the fastest kernel with 1 token was below that on 1 thread"),
+        (lambda results: slower_kernels(results, 128), "the fastest kernel with 128 tokens was below that on 1 thread"),
+    ],
+    ids=["bandwidth", "one token", "many tokens"],
+)
+def test_the_summary_gives_no_ratios_for_disturbed_threads(disturb, said):
+    results = made_up_results()
+    quiet = [finding.text for finding in html.findings(results) if finding.subject.startswith("Speed")]
+    assert all("On 2 threads" in text and text.count("times NumPy") == 2 for text in quiet)
+    disturb(results)
+    found = [finding.text for finding in html.findings(results) if finding.subject.startswith("Speed")]
+    assert len(found) == 2
+    for text, before in zip(found, quiet, strict=True):
+        # One thread as before, then one sentence without a figure.
+        kept, added = text.split(" The run on 2 threads ")
+        assert before.startswith(kept) and kept.count("times NumPy") == 1
+        assert added == "was disturbed and gives no ratios; see below."
+    for row in html._best_gemv_table(results).cells:
+        assert (row[-3:] == ("–", "–", "–")) == (row[1] == "2"), row
+    (caution,) = html.cautions(results)
+    assert said in caution
+    page = Page(html.render(results, [])).text
+    assert said in page and "where the run was disturbed" in page
+
+
+def test_threads_are_compared_with_any_fewer():
+    results = made_up_results(speed=made_up_speed((1,)), limits=[])
+    for threads, rate in ((1, 30e9), (2, 12e9), (4, 20e9), (8, 31e9)):
+        limit = {**made_up_limits((1,))[0], "threads": threads, "median_per_s": rate}
+        results["limits"].append(limit)
+    assert set(html.disturbances(results)) == {2, 4}
 
 
 def test_best_table_divides_by_the_scalar_kernel_of_the_same_packing():
@@ -424,6 +496,17 @@ def test_weights_section(weight_file, tmp_path):
     assert "made_up.safetensors" in page.text and "model.layers.1.mlp.up_proj.weight" in page.text
 
 
+def test_caption_says_that_weights_were_dequantised(weight_file, tmp_path):
+    weights = collecting.weight_results(weight_file)
+    (plain,) = html.figures_of({"weights": weights}, tmp_path)
+    assert plain.caption == paper_figures.load("fig_weights").CAPTION and "dequantised" not in plain.caption
+    weights["histogram"]["dequantised_from"] = ["Q4_1", "Q8_0"]
+    (drawn,) = html.figures_of({"weights": weights}, tmp_path)
+    assert drawn.caption.startswith(plain.caption) and "stores as Q4_1 and Q8_0 were dequantised" in drawn.caption
+    figure = paper_figures.load("fig_weights").draw({"weights": weights})
+    assert "(dequantised from Q4_1, Q8_0)" in figure.axes[0].get_xlabel()
+
+
 @pytest.mark.parametrize("name", [name for name in paper_figures.FIGURES if re.match("fig_(gem|roof)", name)])
 def test_one_thread_and_one_shape_can_be_drawn(name, tmp_path):
     results = {"speed": made_up_speed((1,), ((640, 2560),)), "limits": made_up_limits((1,))}
@@ -436,6 +519,7 @@ def test_no_text_is_cut_off():
     layer = {"role": "linear", "fraction_zeros": 0.31, "relative_error": 0.52}
     counts = rng.integers(0, 9, 160).tolist()
     histogram = {"edges": np.linspace(-4, 4, 161).tolist(), "counts": counts, "n_outside": 3, "fraction_zeros": 0.31}
+    histogram["dequantised_from"] = ["Q4_1", "Q8_0"]
     weights = {"file": "made_up.safetensors", "tensors": [layer] * 9, "histogram": histogram}
     results = made_up_results(weights=weights)
     for name in paper_figures.FIGURES:
@@ -474,11 +558,21 @@ def test_steps_of_memory_split_without_loss():
     assert parts["+ KV cache, 2048 tokens"][2] == pytest.approx(157.2864)  # 150 MiB
 
 
-def test_peak_of_an_instruction_set_without_a_probe_is_the_highest():
+def test_rate_of_an_instruction_set_without_a_probe_is_the_highest():
     limits = made_up_limits()
-    assert paper_figures.peak_macs_per_s(limits, "avx2", 1) == 200e9
-    assert paper_figures.peak_macs_per_s(limits, "avx512vbmi", 2) == 3000e9
-    assert paper_figures.peak_macs_per_s(limits, None, 1) is None
+    assert paper_figures.probe_macs_per_s(limits, "avx2", 1) == 200e9
+    assert paper_figures.probe_macs_per_s(limits, "avx512vbmi", 2) == 3000e9
+    assert paper_figures.probe_macs_per_s(limits, None, 1) is None
+
+
+def test_a_probe_is_not_called_a_bound(written):
+    _, out = written
+    for name in ("fig_gemm_speed", "fig_roofline", "fig_gemv_bandwidth"):
+        caption = paper_figures.load(name).CAPTION
+        assert "not a proven bound" in caption or "not proven bounds" in caption
+        assert "slightly above" in caption
+    text = Page((out / "report.html").read_text(encoding="utf-8")).text
+    assert "not a proven bound: a kernel may come out slightly above it" in text and "peak" not in text
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.1234, "0.123"), (12.34, "12.3"), (999.6, "1,000"), (1620.4, "1,620")])

@@ -246,8 +246,8 @@ def build(pyx, flags=()):
     c, extension = pyx.with_suffix(".c"), pyx.with_suffix(sysconfig.get_config_var("EXT_SUFFIX"))
     run(*CYTHON, "-I", ROOT / "pyx", pyx, "-o", c)
     shared = ["-shared", "-fPIC", *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])]
-    include = sysconfig.get_path("include")
-    run(*os.environ.get("CC", "cc").split(), "-O1", "-w", *shared, *flags, f"-I{include}", c, "-o", extension)
+    include = [f"-I{sysconfig.get_path('include')}", f"-I{np.get_include()}"]
+    run(*os.environ.get("CC", "cc").split(), "-O1", "-w", *shared, *flags, *include, c, "-o", extension)
     spec = importlib.util.spec_from_file_location(pyx.stem, extension)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

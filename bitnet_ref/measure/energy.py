@@ -554,7 +554,7 @@ def left_out_rows(
     return rows
 
 
-# ------------------------------------------------------------------------------------- measured elsewhere, quoted here
+# -------------------------------------------------------------------- measured elsewhere: quoted, and what it implies
 # machine -> size -> (J/token FP16, J/token bitnet.cpp, token/s FP16, token/s bitnet.cpp); None where not published
 MEASURED_JOULES_PER_TOKEN: dict[str, dict[str, tuple[float | None, float, float | None, float]]] = {
     "Apple M2 Ultra": {
@@ -575,28 +575,30 @@ MEASURED_JOULES_PER_TOKEN: dict[str, dict[str, tuple[float | None, float, float 
 class ImpliedWattsRow(Row):
     """Published joules a token times published tokens a second: the power that the two figures imply together.
 
-    `saving` is the published saving in joules, `saving_at_equal_power` what the speed-up alone would give,
-    1 - 1/speed-up; None where the FP16 run was not published.
+    The two published columns are quoted; all else is computed here from them. `saving` is 1 less the ratio of the
+    published joules, `saving_at_equal_power` what the speed-up alone would give, 1 - 1/speed-up; None in rows of FP16
+    and where the FP16 run was not published.
     """
 
     machine: str
     size: str
     program: str
-    joules_per_token: float
-    tokens_per_s: float
+    published_joules_per_token: float
+    published_tokens_per_s: float
     implied_watts: float
     saving: float | None
     saving_at_equal_power: float | None
-    kind: Kind = "quoted"
+    published_kind: Kind = "quoted"
+    kind: Kind = "modelled"
 
 
 def implied_watts_rows() -> list[ImpliedWattsRow]:
     """Power implied by [bitnet.cpp, arXiv 2410.16144, Tables 4 and 6].
 
     The product assumes that both tables describe the same runs, which is not stated, so the watts are as good as that.
-    Figures of others and arithmetic on them; no instrument of this program was read.
+    Nor was any instrument of this program read.
     """
-    source = "[bitnet.cpp], arXiv 2410.16144: Table 6 times Table 4"
+    source = "published: [bitnet.cpp], arXiv 2410.16144, Tables 6 and 4; modelled: their products and ratios"
     rows = []
     for machine, sizes in MEASURED_JOULES_PER_TOKEN.items():
         for size, (half_j, ternary_j, half_rate, ternary_rate) in sizes.items():
@@ -607,8 +609,8 @@ def implied_watts_rows() -> list[ImpliedWattsRow]:
                         machine=machine,
                         size=size,
                         program="llama.cpp FP16",
-                        joules_per_token=half_j,
-                        tokens_per_s=half_rate,
+                        published_joules_per_token=half_j,
+                        published_tokens_per_s=half_rate,
                         implied_watts=half_j * half_rate,
                         saving=None,
                         saving_at_equal_power=None,
@@ -622,8 +624,8 @@ def implied_watts_rows() -> list[ImpliedWattsRow]:
                     machine=machine,
                     size=size,
                     program="bitnet.cpp",
-                    joules_per_token=ternary_j,
-                    tokens_per_s=ternary_rate,
+                    published_joules_per_token=ternary_j,
+                    published_tokens_per_s=ternary_rate,
                     implied_watts=ternary_j * ternary_rate,
                     saving=saving,
                     saving_at_equal_power=at_equal_power,

@@ -25,6 +25,7 @@ __all__ = [
     "IDEAL_BITS",
     "PUBLISHED_NON_EMBEDDING_GB",
     "TABLE_FORMATS",
+    "AccountRow",
     "BodyFormat",
     "BodyRow",
     "EmbeddingRow",
@@ -35,6 +36,7 @@ __all__ = [
     "StepRow",
     "TableFormat",
     "account",
+    "account_rows",
     "body_rows",
     "embedding_rows",
     "kv_rows",
@@ -384,6 +386,58 @@ def account(
 
 
 # ---------------------------------------------------------------------------------------------------- tables
+@dataclass(frozen=True, kw_only=True)
+class AccountRow(Row):
+    """A whole model with its body in one layout, in bytes by part.
+
+    `scales_bytes` is 0 where a layout keeps its scales inside its blocks (they are in `matrices_bytes` then) and for
+    plain floats, which have none. `embedding_bytes` is the table and the head, the same table where tied.
+    """
+
+    model: str
+    body: str
+    matrices_bytes: int
+    scales_bytes: int
+    norms_bytes: int
+    biases_bytes: int
+    embedding: str
+    embedding_bytes: int
+    kv_tokens: int
+    kv_bytes: int
+    total_bytes: int
+    total_mb: float
+    kind: Kind = "modelled"
+
+
+def account_rows(kv_tokens: int = 2048) -> list[AccountRow]:
+    """BitNet b1.58 2B4T in every layout for ternary weights, and its five rivals in bf16; one sequence, f16 cache.
+
+    BitNet has an f16 embedding and f32 norms, as released; the rivals are bf16 throughout.
+    """
+    ternary = [(BITNET_2B4T, body, "f16", "f32") for body in BODY_FORMATS if body not in TABLE_FORMATS]
+    rows = []
+    for arch, body, embedding, norms in (*ternary, *((arch, "bf16", "bf16", "bf16") for arch in RIVALS)):
+        done = account(arch, body, embedding, norms=norms, kv_tokens=kv_tokens)
+        rows.append(
+            AccountRow(
+                model=arch.name,
+                body=body,
+                matrices_bytes=done.part_bytes("body"),
+                scales_bytes=done.part_bytes("scales"),
+                norms_bytes=done.part_bytes("norms"),
+                biases_bytes=done.part_bytes("biases"),
+                embedding=embedding,
+                embedding_bytes=done.part_bytes("embedding and head", "embedding", "head"),
+                kv_tokens=kv_tokens,
+                kv_bytes=done.part_bytes("KV cache"),
+                total_bytes=done.total_bytes,
+                total_mb=done.total_mb,
+                source=arch.source,
+            )
+        )
+    return rows
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepRow(Row):
     """One step from the published figure to a whole model.

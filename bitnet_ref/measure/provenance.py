@@ -3,12 +3,12 @@
 ``measured``
     Read from a clock or a counter on the machine that ran this program.
 ``modelled``
-    Computed here from stated constants: nothing was observed.
+    Computed here, from stated constants or from figures of others: nothing was observed.
 ``quoted``
-    Printed in the named table of somebody else's paper, or plain arithmetic on such figures.
+    Printed by somebody else in the place named, and nothing else: a product or a ratio of quoted figures is modelled.
 
 A column holds one kind only. A row that sets a modelled figure beside a published one has two columns and names the
-kind of each: ``kind`` is the kind of the row's own figures and ``published_kind`` that of the published column.
+kind of each: ``kind`` is the kind of the row's own figures and ``published_kind`` that of the columns ``published_*``.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import subprocess
 from pathlib import Path
 
 import cpuinfo
@@ -13,7 +12,7 @@ import numpy as np
 
 from bitnet_ref import __version__, kernels
 
-__all__ = ["cache_bytes", "commit", "record"]
+__all__ = ["cache_bytes", "record"]
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
@@ -29,15 +28,15 @@ def record(command: str) -> dict[str, object]:
     Returns
     -------
     dict
-        date (UTC), command, version, commit (None outside a git checkout), cpu, cores (that this process may use),
-        cache_bytes (last level; None if unknown), memory_bytes, isas, isa_cap, active (kernel per op and scheme),
-        compiler, openmp, threads, python, numpy, platform, load_average (1, 5, 15 minutes; None if unknown).
+        date (UTC), command, version, commit (of the build; None outside a git checkout), cpu, cores (that this process
+        may use), cache_bytes (last level; None if unknown), memory_bytes, isas, isa_cap, active (kernel per op and
+        scheme), compiler, openmp, threads, python, numpy, platform, load_average (1, 5, 15 minutes; None if unknown).
     """
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command,
         "version": __version__,
-        "commit": commit(),
+        "commit": kernels.COMMIT,
         "cpu": cpuinfo.get_cpu_info().get("brand_raw", platform.processor() or "unknown"),
         "cores": _cores(),
         "cache_bytes": cache_bytes(),
@@ -50,7 +49,7 @@ def record(command: str) -> dict[str, object]:
         "threads": kernels.resolve_threads(None),
         "python": platform.python_version(),
         "numpy": np.__version__,
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "load_average": [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None,
     }
 
@@ -66,18 +65,6 @@ def cache_bytes() -> int | None:
         if text.endswith("K") and text[:-1].isdigit():
             sizes.append(int(text[:-1]) * 1024)
     return max(sizes, default=None)
-
-
-def commit() -> str | None:
-    """Commit of the checkout that the command runs in, with "+" if files are changed; None if that is none of ours."""
-    if not Path("templates/meson.build").is_file():
-        return None
-    try:
-        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        state = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + ("+" if state.stdout.strip() else "")
 
 
 def _cores() -> int:

@@ -4,14 +4,12 @@ Method
 ------
 - Nothing is timed that has not just given the exact result on the very data that is timed.
 - Decoding reads every weight once, so one-token products cycle over copies that together hold twice the last-level
-  cache:
-  weights are cold, as they are in a model. Products of 128 tokens work on one matrix.
-- All programs take turns within a round, and so does the streaming-read probe: a change in the machine's speed hits
-  all of
-  them. Figures are medians over rounds, with quartiles.
-- A probe of the same rounds and thread count gives ``read_bandwidth_fraction``: packed bytes per second over bytes
-  that the
-  machine can read at all. It may exceed 1 a little, since the probe is an ordinary C loop and not a bound by proof.
+  cache: weights are cold, as they are in a model. Products of 128 tokens work on one matrix.
+- All programs take turns within a round, and so do the probes of the machine (streaming reads; int8 multiply-adds,
+  where many tokens share the weights): a change in the machine's speed hits all of them. With several threads, each
+  turn begins when the workers of the one before have gone to sleep. Figures are medians over rounds, with quartiles.
+- A probe of the same rounds and thread count gives ``read_bandwidth_fraction``: packed bytes per second over bytes that
+  the machine can read at all. It may exceed 1 a little, since the probe is an ordinary C loop and not a bound by proof.
 """
 
 from __future__ import annotations
@@ -36,6 +34,9 @@ SHAPES_2B4T = ((2560, 2560), (640, 2560), (6912, 2560), (2560, 6912))
 
 _PROBE_BYTES = 2**28  # far beyond any last-level cache that this is likely to meet
 _SLICE_NS = 15_000_000  # one program's turn in a round takes at least this long, or one call
+# Idle workers of a thread pool keep spinning for a while and would take a processor from the program that is next:
+# OpenBLAS for 2**26 cycles, OpenMP for some milliseconds.
+_SETTLE_S = 0.05
 
 
 @dataclass
@@ -88,6 +89,7 @@ def measure(
     rounds = 3 if quick else 7
     speed: list[dict[str, object]] = []
     bandwidth: dict[int, list[float]] = {threads: [] for threads in thread_counts}
+    peaks: dict[tuple[str, int], list[float]] = {}
     words = np.ones(_PROBE_BYTES // 8, np.uint64)
     stages = [(tokens, shape, threads) for tokens in (1, 128) for shape in shapes for threads in thread_counts]
     for done, (tokens, (m, k), threads) in enumerate(stages):
@@ -100,13 +102,20 @@ def measure(
         expected = (x_q.astype(np.float32) @ w_q.T.astype(np.float32)).astype(np.int32)  # exact: below 2**24
         programs += [_kernel_program(name, w_q, x_q, expected, threads) for name in names]
         probe = _Program({}, lambda _, t=threads: kernels.read_all(words, t), 1, [])
+        # The arithmetic rate matters, and is probed, where many tokens share the weights.
+        rates = [_peak_program(name, threads) for name in kernels.supported("peak") if tokens > 1]
         with threadpool_limits(threads, "blas"):
             for _ in range(rounds):
-                for program in (*programs, probe):
+                for program in (*programs, *rates, probe):
                     # A slow program has little spread to show; three turns of it are enough.
                     if len(program.times) < 3 or program.times[0] < 20 * _SLICE_NS:
                         program.turn()
+                        if threads > 1:
+                            time.sleep(_SETTLE_S)
         bandwidth[threads] += [_PROBE_BYTES / ns * 1e9 for ns in probe.times]
+        for rate in rates:
+            key = (str(rate.row["isa"]), threads)
+            peaks.setdefault(key, []).extend(rate.row["multiply_adds"] / ns * 1e9 for ns in rate.times)
         read_per_ns = _PROBE_BYTES / float(np.median(probe.times))
         for program in programs:
             low, median, high = np.percentile(program.times, (25, 50, 75))
@@ -128,9 +137,7 @@ def measure(
                 }
             )
     limits = [_limit("read_bandwidth", None, threads, rates, "B/s") for threads, rates in bandwidth.items()]
-    for name in kernels.supported("peak"):
-        for threads in thread_counts:
-            limits.append(_limit("int8_multiply_adds", name.isa, threads, _peak_rates(name, threads), "MAC/s"))
+    limits += [_limit("int8_multiply_adds", isa, threads, found, "MAC/s") for (isa, threads), found in peaks.items()]
     report("speed measured", 1.0)
     return speed, limits
 
@@ -157,10 +164,10 @@ def _kernel_program(name: KernelName, w_q: np.ndarray, x_q: np.ndarray, expected
     copies = [packed]
     if len(x_q) == 1:
         # Views of one array, one copy after the other in memory, as the layers of a model are.
-        many = np.tile(packed.data, (_copies(packed.nbytes), 1))
+        many = np.empty((_copies(packed.nbytes), *packed.data.shape), np.uint8)
+        many[:] = packed.data
         many.setflags(write=False)
-        height = len(packed.data)
-        copies = [PackedTernary(many[i : i + height], packed.shape, name.scheme) for i in range(0, len(many), height)]
+        copies = [PackedTernary(data, packed.shape, name.scheme) for data in many]
     row = {
         "program": "bitnet_ref",
         "kernel": str(name),
@@ -199,16 +206,11 @@ def _sized(row: dict[str, object], call: Callable[[int], object]) -> _Program:
     return _Program(row, call, max(1, -(-_SLICE_NS // ns)), [])
 
 
-def _peak_rates(name: KernelName, threads: int) -> list[float]:
-    kernel = kernels.get(name)
-    steps = 20_000
-    rates = []
-    for _ in range(9):
-        start = time.perf_counter_ns()
-        count = kernel.multiply_adds(steps, threads)
-        rates.append(count / (time.perf_counter_ns() - start) * 1e9)
-        steps = max(steps, int(steps * 10e6 * rates[-1] / 1e9 / count))  # about 10 ms from the second time on
-    return rates[2:]
+def _peak_program(name: KernelName, threads: int) -> _Program:
+    """The register tile of dot products: what a kernel would reach if its weights needed no decoding."""
+    kernel, steps = kernels.get(name), 20_000
+    count = kernel.multiply_adds(steps, threads)
+    return _sized({"isa": name.isa, "multiply_adds": count}, lambda _: kernel.multiply_adds(steps, threads))
 
 
 def _limit(what: str, isa: str | None, threads: int, rates: list[float], unit: str) -> dict[str, object]:

@@ -87,6 +87,7 @@ def modelled_results() -> dict[str, Any]:
     """The tables that need no measurement: memory and energy, modelled and quoted."""
     tables = {
         "steps": memory.paper_steps(),
+        "account": memory.account_rows(),
         "body": memory.body_rows(),
         "embedding": memory.embedding_rows(),
         "rivals": memory.rival_rows(),

@@ -122,7 +122,7 @@ def figures_of(results: Row, folder: Path) -> list[Figure]:
                 name=name,
                 section=module.SECTION,
                 kinds=module.KINDS,
-                caption=module.CAPTION,
+                caption=module.caption(results) if hasattr(module, "caption") else module.CAPTION,
                 alt=figure.get_suptitle(),
                 png_base64=base64.b64encode((folder / f"{name}.png").read_bytes()).decode("ascii"),
             )
@@ -141,6 +141,7 @@ def tables(results: Row) -> dict[str, list[Table]]:
 
 def _memory_tables(results: Row) -> list[Table]:
     rows = results["memory"]
+    accounts = select(rows, table="account")
     contexts = sorted({row["tokens"] for row in select(rows, table="kv")})
     caches = [
         {
@@ -167,6 +168,25 @@ def _memory_tables(results: Row) -> list[Table]:
                 _text("reason", "reason"),
             ],
             select(rows, table="steps"),
+        ),
+        _table(
+            "Every part of every model, to the byte",
+            [
+                _text("model", "model"),
+                _text("blocks", "body"),
+                _number("whole model", "bytes", "modelled", "total_bytes", ",d"),
+                _number("matrices", "bytes", "modelled", "matrices_bytes", ",d"),
+                _number("scales", "bytes", "modelled", "scales_bytes", ",d"),
+                _number("norms", "bytes", "modelled", "norms_bytes", ",d"),
+                _number("biases", "bytes", "modelled", "biases_bytes", ",d"),
+                _number("embedding and head", "bytes", "modelled", "embedding_bytes", ",d"),
+                _number("KV cache", "bytes", "modelled", "kv_bytes", ",d"),
+            ],
+            accounts,
+            note=f"The cache is that of one sequence of {accounts[0]['kv_tokens']:,} tokens in f16, within the sliding "
+            "window of Gemma-3. Embedding and head are one table in all six models. BitNet has an f16 embedding and "
+            "f32 norms, the rivals are bf16 throughout. TQ1_0 and TQ2_0 keep an f16 scale in every 256 weights, "
+            "counted with the matrices.",
         ),
         _table(
             "BitNet and its five rivals",
@@ -293,17 +313,17 @@ def _energy_tables(results: Row) -> list[Table]:
                 _text("machine", "machine"),
                 _text("size", "size"),
                 _text("program", "program"),
-                _number("energy", "J a token", "quoted", "joules_per_token", "g"),
-                _number("speed", "tokens/s", "quoted", "tokens_per_s", "g"),
-                _number("power implied", "W", "quoted", "implied_watts", ".1f"),
-                _number("saving", "%", "quoted", "saving", ".1f", 100),
+                _number("energy", "J a token", "quoted", "published_joules_per_token", "g"),
+                _number("speed", "tokens/s", "quoted", "published_tokens_per_s", "g"),
+                _number("power implied", "W", "modelled", "implied_watts", ".1f"),
+                _number("saving", "%", "modelled", "saving", ".1f", 100),
                 _number(
-                    "saving that the speed-up alone would give", "%", "quoted", "saving_at_equal_power", ".1f", 100
+                    "saving that the speed-up alone would give", "%", "modelled", "saving_at_equal_power", ".1f", 100
                 ),
             ],
             results["energy_implied_watts"],
-            note="Power and savings are arithmetic on the quoted figures; that both tables describe the same runs is "
-            "not stated there.",
+            note="Power and savings are computed here from the quoted figures; that both tables describe the same runs "
+            "is not stated there.",
             folded=True,
         ),
     ]
@@ -355,7 +375,7 @@ def _speed_tables(results: Row) -> list[Table]:
     for tokens in sorted({row["tokens"] for row in rows}):
         made.append(
             _table(
-                f"{tokens} token{'' if tokens == 1 else 's'}, layer of {shape_label(shape)}",
+                f"{_tokens_label(tokens)}, layer of {shape_label(shape)}",
                 # Weights that are read once for many tokens say little about the memory.
                 [column for column in _speed_columns() if tokens == 1 or column.heading != "of the read bandwidth"],
                 select(rows, tokens=tokens, m=shape[0], k=shape[1]),
@@ -378,9 +398,9 @@ def _speed_tables(results: Row) -> list[Table]:
     )
     made.append(
         _table(
-            "The limits of this machine",
+            "What this machine can do: probes of its memory and its multipliers",
             [
-                Column("limit", "", "", lambda row: row["what"].replace("_", " ")),
+                Column("probe", "", "", lambda row: row["what"].replace("_", " ")),
                 Column("instruction set", "", "", lambda row: row["isa"] or "any"),
                 _number("threads", "", "", "threads", "d"),
                 Column("median", "10⁹/s", "measured", lambda row: f"{row['median_per_s'] / 1e9:.1f}", numeric=True),
@@ -396,6 +416,7 @@ def _speed_tables(results: Row) -> list[Table]:
             ],
             results["limits"],
             source="probes of this package, timed on this machine in this run",
+            note="A probe is an ordinary program, not a proven bound: a kernel may come out slightly above it.",
         )
     )
     return made
@@ -416,11 +437,53 @@ def _weight_tables(weights: Row) -> list[Table]:
 
 
 # --------------------------------------------------------------------------------------------------------- summary
+def disturbances(results: Row) -> dict[int, list[str]]:
+    """Thread counts with which this run was slower than with fewer -> what was slower, in sentences; empty if none was.
+
+    More threads read no less memory and multiply no fewer weights, unless something else takes a processor from them.
+    Every ratio at such a thread count says more about that than about a kernel.
+    """
+    shape = main_shape(results["speed"])
+    rows = [row for row in select(results["speed"], m=shape[0], k=shape[1]) if row["program"] != "numpy"]
+    bandwidths = {row["threads"]: row["median_per_s"] for row in select(results["limits"], what="read_bandwidth")}
+    series = {
+        "the read bandwidth": (bandwidths, "GB/s"),
+        **{
+            f"the fastest kernel with {_tokens_label(tokens)}": (
+                {
+                    threads: max(row["weights_per_s"] for row in select(rows, tokens=tokens, threads=threads))
+                    for threads in thread_counts(rows)
+                },
+                "· 10⁹/s",
+            )
+            for tokens in sorted({row["tokens"] for row in rows})
+        },
+    }
+    found: dict[int, list[str]] = {}
+    for what, (rates, unit) in series.items():
+        for many in sorted(rates):
+            few = max((threads for threads in rates if threads < many), key=rates.__getitem__, default=many)
+            if rates[many] < rates[few]:
+                found.setdefault(many, []).append(
+                    f"On {threads_label(many)} {what} was below that on {threads_label(few)} "
+                    f"({three_digits(rates[many] / 1e9)} against {three_digits(rates[few] / 1e9)} {unit})."
+                )
+    return found
+
+
+def _tokens_label(tokens: int) -> str:
+    return f"{tokens} token{'' if tokens == 1 else 's'}"
+
+
 def _best_gemv_table(results: Row) -> Table:
-    """The fastest kernel of each packing for one token, beside the scalar kernel and NumPy on as many threads."""
+    """The fastest kernel of each packing for one token, beside the scalar kernel and NumPy on as many threads.
+
+    No ratios for a thread count with which the run was disturbed.
+    """
     rows = select(results["speed"], tokens=1)
     shape = main_shape(rows)
     rows = select(rows, m=shape[0], k=shape[1])
+    disturbed = disturbances(results)
     best = []
     for scheme in dict.fromkeys(row["scheme"] for row in rows if row["scheme"] is not None):
         for threads in thread_counts(rows):
@@ -428,6 +491,9 @@ def _best_gemv_table(results: Row) -> Table:
             row = max(candidates, key=lambda candidate: candidate["weights_per_s"])
             scalar = select(candidates, isa="scalar")
             numpy = select(rows, program="numpy", threads=threads)
+            if threads in disturbed:
+                best.append({**row, **dict.fromkeys(("read_bandwidth_fraction", "over_scalar", "over_numpy"))})
+                continue
             best.append(
                 {
                     **row,
@@ -448,7 +514,8 @@ def _best_gemv_table(results: Row) -> Table:
         ],
         best,
         source=_SPEED_SOURCE,
-        note="– where the scalar kernel of the packing was not timed.",
+        note="– where the scalar kernel of the packing was not timed"
+        + (", and where the run was disturbed." if disturbed else "."),
     )
 
 
@@ -494,7 +561,7 @@ def findings(results: Row) -> list[Finding]:
             ("modelled", "quoted"),
             f"The operation-count model gives all six published energies within {percent(worst, 1)}. They are for a "
             f"forward pass over 512 tokens, not for a token, and {percent(bitnet['attention_share'])} of BitNet's is "
-            f"FP16 attention. The published saving of {100 * min(published):.0f} to {100 * max(published):.0f} % "
+            f"FP16 attention. The saving of {100 * min(published):.0f} to {100 * max(published):.0f} % that they give "
             f"becomes {saving('512-token forward', '+ weights read from memory')} with the output head and the weights "
             f"read from memory, and {saving('one decoded token', '+ weights read from memory')} for a decoded token, "
             "at an assumed price of a byte.",
@@ -505,16 +572,24 @@ def findings(results: Row) -> list[Finding]:
     else:
         reason = results["energy_measured"]["reason"]
         lines.append(Finding("Energy counter", (), f"{reason[0].upper()}{reason[1:]}."))
-    return [*lines, *_speed_findings(results["speed"])]
+    return [*lines, *_speed_findings(results)]
 
 
-def _speed_findings(rows: list[Row]) -> list[Finding]:
-    """The fastest kernel for one token and for many, on one thread and on all, in the layer of the summary."""
+def _speed_findings(results: Row) -> list[Finding]:
+    """The fastest kernel for one token and for many, on one thread and on all, in the layer of the summary.
+
+    A thread count with which the run was disturbed gets a sentence that says so, and no figure.
+    """
+    rows = results["speed"]
     shape = main_shape(rows)
+    disturbed = disturbances(results)
     lines = []
     for tokens in sorted({row["tokens"] for row in rows}):
         sentences = []
         for threads in thread_counts(rows):
+            if threads in disturbed:
+                sentences.append(f"The run on {threads_label(threads)} was disturbed and gives no ratios; see below.")
+                continue
             group = select(rows, m=shape[0], k=shape[1], tokens=tokens, threads=threads)
             own = max(
                 (row for row in group if row["program"] != "numpy"), key=lambda candidate: candidate["weights_per_s"]
@@ -528,7 +603,7 @@ def _speed_findings(rows: list[Row]) -> list[Finding]:
                 f"On {threads_label(threads)} {own['kernel']} does {three_digits(rate / 1e9)} · 10⁹ "
                 f"{'weights' if tokens == 1 else 'multiply-adds'} a second{of_bandwidth}{times}."
             )
-        subject = f"Speed, {tokens} token{'' if tokens == 1 else 's'}, layer of {shape_label(shape)}"
+        subject = f"Speed, {_tokens_label(tokens)}, layer of {shape_label(shape)}"
         lines.append(Finding(subject, ("measured",), " ".join(sentences)))
     return lines
 
@@ -542,20 +617,11 @@ def cautions(results: Row) -> list[str]:
         found.append(
             f"Other programs were using the machine when the run began: load average {load[0]} on {cores} processors."
         )
-    for tokens in sorted({row["tokens"] for row in results["speed"]}):
-        rows = [row for row in select(results["speed"], tokens=tokens) if row["program"] != "numpy"]
-        best = {
-            threads: max(row["weights_per_s"] for row in select(rows, threads=threads))
-            for threads in thread_counts(rows)
-        }
-        few, many = min(best), max(best)
-        if best[many] < best[few]:
-            found.append(
-                f"With {tokens} token{'' if tokens == 1 else 's'}, {threads_label(many)} were slower than "
-                f"{threads_label(few)} ({three_digits(best[many] / 1e9)} against {three_digits(best[few] / 1e9)} · "
-                "10⁹/s): threads wait for the slowest, so this is what happens when other programs take a processor. "
-                "Run again on a quiet machine before using these figures."
-            )
+    found += [
+        f"{' '.join(sentences)} Threads wait for the slowest, so this is what happens when other programs take a "
+        "processor. Run again on a quiet machine before using these figures."
+        for _, sentences in sorted(disturbances(results).items())
+    ]
     return found
 
 

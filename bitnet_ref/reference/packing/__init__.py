@@ -58,7 +58,7 @@ def schemes() -> tuple[str, ...]:
 
 def get_scheme(name: str) -> Scheme:
     """The packing scheme of that name; ValueError if there is none."""
-    if name not in SCHEMES:
+    if not isinstance(name, str) or name not in SCHEMES:
         raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {name!r}")
     return SCHEMES[name]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-__all__ = ["PackedTernary", "Scheme", "base28_digits"]
+__all__ = ["PackedTernary", "Scheme", "base28_digits", "freeze"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Scheme:
             padded = np.zeros(self.padded_shape((m, k)), np.int8)
             padded[:m, :k] = w_q
         data = self.encode(padded)
-        data.setflags(write=False)
+        freeze(data)
         return PackedTernary(data, (m, k), self.name)
 
     def unpack(self, data: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -135,9 +135,7 @@ class Scheme:
 
     def _check(self, data: np.ndarray, shape: tuple[int, int]) -> None:
         """Refuses bytes whose dtype or size is not that of an (M, K) matrix."""
-        m, k = shape
-        if m < 1 or k < 1:
-            raise ValueError(f"shape must be (M, K) with M >= 1 and K >= 1, got {shape}")
+        m, k = _checked_shape(shape)
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8:
             raise TypeError(f"data must be a uint8 array, got {getattr(data, 'dtype', type(data).__name__)}")
         if data.shape != self.data_shape(shape):
@@ -153,8 +151,8 @@ class PackedTernary:
     Parameters
     ----------
     data : ndarray of shape (n_tiles, tile_stride_bytes), uint8
-        Kept C-contiguous and read-only. An array that could still be written to is copied; a read-only one (from a
-        memory map, say) is taken as it is.
+        Kept C-contiguous and read-only. An array that could still be written to, by itself or through one that it is a
+        view of, is copied; a read-only one (from a memory map, say) is taken as it is.
     shape : (M, K)
         Outputs and inputs of the matrix, without padding.
     scheme : str
@@ -173,14 +171,19 @@ class PackedTernary:
     shape: tuple[int, int]
     scheme: str
 
+    # NumPy would compare a packed matrix with an array element by element.
+    __array_ufunc__ = None
+
     def __post_init__(self) -> None:
-        m, k = self.shape
-        shape = (operator.index(m), operator.index(k))
+        shape = _checked_shape(self.shape)
         _scheme(self.scheme)._check(self.data, shape)
-        data = self.data.copy() if self.data.flags.writeable else np.ascontiguousarray(self.data)
+        data = self.data.copy() if _writable(self.data) else np.ascontiguousarray(self.data)
         data.setflags(write=False)
         object.__setattr__(self, "data", data)
         object.__setattr__(self, "shape", shape)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return PackedTernary, (self.data, self.shape, self.scheme)
 
     @property
     def nbytes(self) -> int:
@@ -230,6 +233,33 @@ class PackedTernary:
             for name, text in cells.items()
         )
         return f"<table><caption>PackedTernary</caption>{rows}</table>"
+
+
+def _checked_shape(shape: tuple[int, int]) -> tuple[int, int]:
+    """(M, K) as plain integers; ValueError unless it is two of at least 1."""
+    try:
+        m, k = (operator.index(size) for size in shape)
+    except (TypeError, ValueError):
+        raise ValueError(f"shape must be two integers (M, K), got {shape!r}") from None
+    if m < 1 or k < 1:
+        raise ValueError(f"shape must be (M, K) with M >= 1 and K >= 1, got {shape}")
+    return m, k
+
+
+def freeze(data: np.ndarray) -> None:
+    """Make an array read-only together with every array that it is a view of."""
+    while isinstance(data, np.ndarray):
+        data.setflags(write=False)
+        data = data.base
+
+
+def _writable(data: np.ndarray) -> bool:
+    """Whether anybody can still change these bytes: through the array, or through one that it is a view of."""
+    while isinstance(data, np.ndarray):
+        if data.flags.writeable:
+            return True
+        data = data.base
+    return False
 
 
 def first_true(mask: np.ndarray) -> tuple[int, ...]:

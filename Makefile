@@ -14,7 +14,7 @@ SOURCES := $(shell find bitnet_ref pyx templates paper_figures -type f -not -nam
            meson.build meson.options pyproject.toml README.md
 
 .DEFAULT_GOAL := help
-.PHONY: help setup paper quick test test-random lint sanitize notebook jupyter clean
+.PHONY: help setup paper quick test test-random fuzz lint sanitize notebook jupyter clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ test: setup lint  ## run all tests that need no network, peer program or GPU
 
 test-random: setup  ## run the property tests on many fresh random examples (long)
 	BITNET_REF_HYPOTHESIS=random $(BIN)/pytest tests/test_kernels.py tests/test_packing.py tests/test_quantize.py
+
+fuzz: setup  ## feed mutated files to the readers and converters for ten minutes
+	$(BIN)/python -P tests/fuzz.py --seconds 600 --seed $${SEED:-0}
 
 lint: $(VENV)/.dependencies  ## check style
 	$(BIN)/ruff check .

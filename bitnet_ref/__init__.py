@@ -24,6 +24,8 @@ Papers, by the keys that docstrings use:
 
 from __future__ import annotations
 
+from typing import Any
+
 from bitnet_ref import kernels
 from bitnet_ref.errors import BitnetRefError, FormatError, KernelUnavailable
 from bitnet_ref.kernels import matmul
@@ -41,9 +43,19 @@ __all__ = [
     "PackedTernary",
     "__version__",
     "kernels",
+    "load",
     "matmul",
     "pack",
     "quantize_activations",
     "quantize_weights",
     "schemes",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Loading models needs tokenizers and file formats, which a layer and its kernels do not: imported when first asked for.
+    if name == "load":
+        from bitnet_ref.runtime.load import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The command line: ``bitnet-ref kernels | verify | paper | inspect``.
+"""The command line: ``bitnet-ref kernels | verify | paper | inspect``, and the commands of ``bitnet_ref.commands``.
 
 Each command is a thin layer over the library. A failure is one sentence on standard error and exit code 1; a usage
 error is click's exit code 2. With ``--json`` standard output holds one JSON document and nothing else.
@@ -6,61 +6,24 @@ error is click's exit code 2. With ``--json`` standard output holds one JSON doc
 
 from __future__ import annotations
 
-import functools
-import json
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 import bitnet_ref
 from bitnet_ref import kernels
-from bitnet_ref.errors import BitnetRefError
+from bitnet_ref.commands import bar, command, emit, json_option
+from bitnet_ref.commands.model import COMMANDS as MODEL_COMMANDS
+from bitnet_ref.commands.trace import diff, trace
 
 __all__ = ["main"]
-
-FAILURES = (BitnetRefError, ValueError, TypeError, OSError, MemoryError)
-
-
-def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Turn the library's errors into one sentence and exit code 1."""
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            function(*args, **kwargs)
-        except FAILURES as error:
-            raise click.ClickException(" ".join(str(error).split()) or type(error).__name__) from error
-
-    return run
-
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
-
-
-def emit(document: object) -> None:
-    """One JSON document on standard output; NaN and infinity would not be JSON and are refused."""
-    click.echo(json.dumps(document, indent=2, allow_nan=False))
-
-
-def bar() -> Progress:
-    """A progress bar on standard error that disappears when it is done, or says nothing where no terminal is."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -231,6 +194,10 @@ def inspect(file: Path, as_json: bool) -> None:
 
 def _number(value: float | None, spec: str) -> str:
     return "" if value is None else format(value, spec)
+
+
+for model_command in (*MODEL_COMMANDS, trace, diff):
+    main.add_command(model_command)
 
 
 if __name__ == "__main__":

@@ -254,7 +254,7 @@ class Kernel:
         return out
 
     def capsules(self) -> tuple[Any, Any]:
-        """The compiled functions, of this variant and of its table builder (None if it has none), for ``_native.matmul``."""
+        """The compiled functions of this variant and of its table builder (None if it has none)."""
         return self._capsule, _table_builder(self.name)._capsule if _needs_tables(self.name.scheme) else None
 
     def multiply_adds(self, n_steps: int, n_threads: int | None = None) -> int:

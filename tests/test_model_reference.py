@@ -527,7 +527,7 @@ def test_rope_in_both_spellings():
         (LLAMA, {"architectures": []}, "architectures must be a list of one name"),
         (LLAMA, {"model_type": "mistral"}, "model_type of LlamaForCausalLM must be one of llama, got 'mistral'"),
         (LLAMA, {"hidden_act": "gelu"}, "hidden_act must be one of relu2, silu, gelu_pytorch_tanh, got 'gelu'"),
-        (LLAMA, {"hidden_size": 64.0}, "hidden_size must be an integer of at least 1, got 64.0"),
+        (LLAMA, {"hidden_size": 64.0}, r"hidden_size must be an integer from 1 to 2\*\*31 - 1, got 64.0"),
         (LLAMA, {"num_hidden_layers": True}, "num_hidden_layers must be an integer"),
         (LLAMA, {"rms_norm_eps": 0}, "rms_norm_eps must be a positive finite number, got 0"),
         (LLAMA, {"rms_norm_eps": math.nan}, "rms_norm_eps must be a positive finite number, got nan"),
@@ -645,7 +645,7 @@ def names_1bit():
 @pytest.mark.parametrize(
     "change, words",
     (
-        ({"layers": 0}, "layers must be an integer of at least 1"),
+        ({"layers": 0}, r"layers must be an integer from 1 to 2\*\*31 - 1"),
         ({"activation": "relu"}, "activation must be one of"),
         ({"norm_eps": 0.0}, "norm_eps must be positive"),
         ({"rope_scaling": math.inf}, "rope_scaling must be positive and finite"),

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from bitnet_ref.commands_model import COMMANDS
+from bitnet_ref.commands.model import COMMANDS
 from bitnet_ref.errors import FormatError
 from bitnet_ref.formats import convert
 from bitnet_ref.reference.config import ModelConfig

@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 import bitnet_ref.cli  # noqa: F401  first: the commands below import from it
-from bitnet_ref.commands_trace import diff as diff_command
-from bitnet_ref.commands_trace import trace as trace_command
+from bitnet_ref.commands.trace import diff as diff_command
+from bitnet_ref.commands.trace import trace as trace_command
 from bitnet_ref.errors import FormatError
 from bitnet_ref.reference.config import ModelConfig
 from bitnet_ref.reference.model import Steps, forward, pack_weights, random_weights, ternary_weights

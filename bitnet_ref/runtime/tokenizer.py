@@ -93,7 +93,7 @@ _COMPANIONS = (
 )
 
 _RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]{1,7}\r?(?:\n|$)")
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_BYTE_TOKEN = re.compile(r"<0x([\da-fA-F]{2})>", re.ASCII)
 _REPLACEMENT = "\ufffd".encode()
 
 # Token types, the same numbers in SentencePiece and in GGUF.

@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from bitnet_ref.cli import command, emit, json_option
+from bitnet_ref.commands import command, emit, json_option
 
 __all__ = ["diff", "trace"]
 

@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bitnet_ref import cli
+from bitnet_ref.commands import bar, command, emit, json_option
 from bitnet_ref.reference.packing import schemes
 
 __all__ = ["COMMANDS"]
@@ -79,7 +79,7 @@ def open_model(path: Path | None, options: dict[str, Any]) -> Any:
     arguments = {key: options.pop(key) for key in ("scheme", "head", "cache", "quantize", "layout")}
     arguments |= {"n_threads": options.pop("threads"), "convention": options.pop("scale_convention")}
     path = packaged_model() if path is None else path
-    with cli.bar() as progress:
+    with bar() as progress:
         task = progress.add_task("loading", total=1.0)
         return load(
             path,
@@ -92,7 +92,7 @@ def open_model(path: Path | None, options: dict[str, Any]) -> Any:
 
 def packaged_model() -> Path:
     """The model that ships with the package; ValueError if this installation has none."""
-    found = sorted(Path(__file__).with_name("models").glob("*/*.safetensors"))
+    found = sorted((Path(__file__).parents[1] / "models").glob("*/*.safetensors"))
     if not found:
         raise ValueError("a MODEL must be named, this installation ships none")
     return found[0]
@@ -103,15 +103,15 @@ def packaged_model() -> Path:
 @click.option("--prompt", default="", help="Text to continue; without it the begin-of-text token alone.")
 @model_options
 @sampling_options
-@cli.json_option
-@cli.command
+@json_option
+@command
 def generate(model: Path | None, prompt: str, as_json: bool, **options: Any) -> None:
     """Continue a text. MODEL is a Hugging Face folder, a GGUF file or a packed file."""
     loaded = open_model(model, options)
     start: Any = prompt or _first_token(loaded)
     if as_json:
         done = loaded.generate(start, options.pop("max_tokens"), stream=False, **options)
-        cli.emit({"prompt": prompt, "text": done.text, "tokens": list(done.tokens), "finish": done.finish})
+        emit({"prompt": prompt, "text": done.text, "tokens": list(done.tokens), "finish": done.finish})
         return
     click.echo(prompt, nl=False)
     for piece in loaded.generate(start, options.pop("max_tokens"), **options):
@@ -131,7 +131,7 @@ def _first_token(model: Any) -> list[int]:
 @click.option("--system", help="A first message that says how to answer.")
 @model_options
 @sampling_options
-@cli.command
+@command
 def chat(model: Path | None, system: str | None, **options: Any) -> None:
     """Talk to a model with a chat template, line by line; an empty line or end of input ends it."""
     from bitnet_ref.runtime.chat import ChatTemplate
@@ -171,8 +171,8 @@ def chat(model: Path | None, system: str | None, **options: Any) -> None:
 @click.option("--stride", type=int, help="Step of the sliding window.  [default: half of the context]")
 @click.option("--chunks", type=click.IntRange(min=1), help="Stop after so many.")
 @model_options
-@cli.json_option
-@cli.command
+@json_option
+@command
 def perplexity(
     model: Path,
     file: Path,
@@ -187,7 +187,7 @@ def perplexity(
     from bitnet_ref.runtime.perplexity import perplexity as measure
 
     loaded = open_model(model, options)
-    with cli.bar() as progress:
+    with bar() as progress:
         task = progress.add_task("perplexity", total=1.0)
         found = measure(
             loaded,
@@ -201,7 +201,7 @@ def perplexity(
             ),
         )
     if as_json:
-        cli.emit(
+        emit(
             {
                 "perplexity": found.value,
                 "error": found.error if np.isfinite(found.error) else None,
@@ -233,8 +233,8 @@ def perplexity(
     "--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the logits (T, V), float32, as .npy."
 )
 @model_options
-@cli.json_option
-@cli.command
+@json_option
+@command
 def logits(model: Path, tokens: str, backend: str, out: Path | None, as_json: bool, **options: Any) -> None:
     """Logits of every token of a sequence; the five largest of the last are printed."""
     try:
@@ -248,7 +248,7 @@ def logits(model: Path, tokens: str, backend: str, out: Path | None, as_json: bo
     best = np.argsort(-found[-1], kind="stable")[:5]
     top = [{"token": int(i), "logit": float(found[-1, i])} for i in best]
     if as_json:
-        cli.emit({"tokens": numbers, "backend": backend, "shape": list(found.shape), "top": top})
+        emit({"tokens": numbers, "backend": backend, "shape": list(found.shape), "top": top})
         return
     for row in top:
         click.echo(f"{row['token']:8d}  {row['logit']:.6f}")
@@ -285,13 +285,13 @@ def write_array(path: Path, array: np.ndarray) -> None:
 @convention_option
 @quantize_option
 @click.option("--overwrite", is_flag=True, help="Replace DST if it is there.")
-@cli.json_option
-@cli.command
+@json_option
+@command
 def convert(src: Path, dst: Path, to: str, scale_convention: str | None, as_json: bool, **options: Any) -> None:
     """Write the checkpoint SRC as DST in another form; integers and scales stay what they are."""
     from bitnet_ref.formats import convert as write
 
-    with cli.bar() as progress:
+    with bar() as progress:
         task = progress.add_task("converting", total=1.0)
         done = write(
             src,
@@ -302,7 +302,7 @@ def convert(src: Path, dst: Path, to: str, scale_convention: str | None, as_json
             **options,
         )
     if as_json:
-        cli.emit(
+        emit(
             {
                 "path": str(done.path),
                 "source_format": done.source_format,
@@ -338,8 +338,8 @@ def bench() -> None:
 @head_option
 @cache_option
 @quantize_option
-@cli.json_option
-@cli.command
+@json_option
+@command
 def bench_model(
     model: Path | None,
     preset: str | None,
@@ -370,7 +370,7 @@ def bench_model(
     else:
         loaded = open_model(model, {**options, "threads": None, "layout": None, "scale_convention": None})
         what = model.name
-    with cli.bar() as progress:
+    with bar() as progress:
         task = progress.add_task("starting", total=1.0)
         rows = measure_model(
             loaded,
@@ -383,7 +383,7 @@ def bench_model(
         words = ["bitnet-ref", "bench", "model", *([str(model.name)] if model else ["--preset", preset, "--random"])]
         words += [f"--threads={n}" for n in threads] + [f"--prompt={n_prompt}", f"--generate={n_generate}"]
         words += [f"--scheme={options['scheme']}", f"--head={options['head']}", f"--cache={options['cache']}"]
-        cli.emit({"record": record(shlex.join(words)), "model": what, **options, "rows": rows})
+        emit({"record": record(shlex.join(words)), "model": what, **options, "rows": rows})
         return
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(f"{what}: {options['scheme']}, head {options['head']}, cache {options['cache']}", highlight=False)

@@ -53,7 +53,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Loading models needs tokenizers and file formats, which a layer and its kernels do not: imported when first asked for.
+    # Loading a model needs tokenizers and file formats; a layer and its kernels do not. Imported when first asked for.
     if name == "load":
         from bitnet_ref.runtime.load import load
 

@@ -18,7 +18,7 @@ ANY = None
 # Module (with everything below it): parts of bitnet_ref that it may import, packages from outside that it may import.
 # "bitnet_ref" alone stands for the public names of the package itself. The longest prefix counts.
 RULES = {
-    "bitnet_ref": ({"kernels", "errors", "linear", "reference"}, set()),
+    "bitnet_ref": ({"kernels", "errors", "linear", "reference", "runtime"}, set()),  # runtime: only when asked for
     "bitnet_ref.errors": (set(), set()),
     "bitnet_ref.reference": ({"reference", "errors"}, {"numpy", "scipy"}),
     "bitnet_ref._native": ({"_native"}, set()),

@@ -14,7 +14,7 @@ SOURCES := $(shell find bitnet_ref pyx templates paper_figures -type f -not -nam
            meson.build meson.options pyproject.toml README.md
 
 .DEFAULT_GOAL := help
-.PHONY: help setup paper quick test test-random fuzz lint sanitize notebook jupyter clean
+.PHONY: help setup paper quick test test-random test-torch fuzz lint sanitize notebook jupyter clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -32,6 +32,12 @@ test: setup lint  ## run all tests that need no network, peer program or GPU
 test-random: setup  ## run the property tests on many fresh random examples (long)
 	BITNET_REF_HYPOTHESIS=random $(BIN)/pytest tests/test_kernels.py tests/test_packing.py tests/test_quantize.py
 
+# torch is pinned: a looser range can pull gigabytes of packages for processors that are not here.
+test-torch: setup  ## run the tests that need PyTorch: parity with transformers, straight-through layers, the small model
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 'transformers>=5,<6' 'accelerate>=1'
+	$(BIN)/pytest tests/test_parity_transformers.py tests/test_formats_layouts.py tests/test_formats_convert.py tests/test_chat.py \
+	  tests/test_distill_bitlinear.py tests/test_small_model.py tests/test_trace.py
+
 fuzz: setup  ## feed mutated files to the readers and converters for ten minutes
 	$(BIN)/python -P tests/fuzz.py --seconds 600 --seed $${SEED:-0}
 
@@ -48,7 +54,8 @@ sanitize: $(VENV)/.dependencies  ## build with sanitisers and run the kernel tes
 	  --no-build-isolation --no-deps --ignore-installed --config-settings=build-dir=build/sanitize \
 	  --config-settings=setup-args=-Db_sanitize=address,undefined --config-settings=setup-args=-Db_lundef=false .
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  build/sanitized/bin/python -P -m pytest -p no:cacheprovider tests/test_kernels.py tests/test_linear.py tests/test_verify.py
+	  build/sanitized/bin/python -P -m pytest -p no:cacheprovider tests/test_kernels.py tests/test_linear.py tests/test_verify.py \
+	  tests/test_runtime.py
 
 notebook: setup  ## run the notebooks again and keep their outputs
 	$(BIN)/python notebooks/run.py

@@ -127,7 +127,9 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, because the rotation pairs its halves, got {self.head_dim}")
         if self.activation not in ACTIVATIONS.values():
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS.values())}, got {self.activation!r}")
+            raise ValueError(
+                f"activation must be one of {', '.join(ACTIVATIONS.values())}, got {_shown(self.activation)}"
+            )
         scales = {"norm_eps": self.norm_eps, "rope_theta": self.rope_theta, "embedding_scale": self.embedding_scale}
         scales |= {"attention_scale": self.attention_scale, "sliding_rope_theta": self.sliding_rope_theta}
         if isinstance(self.rope_scaling, (int, float)):
@@ -286,7 +288,7 @@ class ModelConfig:
             keys.must_be("use_sliding_window", False)
             keys.skip("sliding_window", "max_window_layers")  # have no effect without use_sliding_window
             if any(kind != "full_attention" for kind in keys.get("layer_types") or ()):
-                raise ValueError(f"layer_types must be full_attention throughout, got {config['layer_types']!r}")
+                raise ValueError(f"layer_types must be full_attention throughout, got {_shown(config['layer_types'])}")
         for switch in ("attention_bias", "mlp_bias", "parallel_attn", "rope_interleaved"):
             keys.must_be(switch, False)
         keys.must_be("activation", "swiglu")  # Falcon3 writes it beside hidden_act = silu
@@ -368,7 +370,7 @@ def _ternary(keys: _Keys, read: _Architecture, asked: bool | None, sub_norm: boo
             )
         return read.bitnet if asked is None else asked
     if not isinstance(entry, Mapping) or entry.get("quant_method") != "bitnet":
-        raise ValueError(f"quantization_config must have quant_method 'bitnet', got {entry!r}")
+        raise ValueError(f"quantization_config must have quant_method 'bitnet', got {_shown(entry)}")
     if asked is False:
         raise ValueError("ternary must not be False for a checkpoint whose quantization_config says bitnet")
     allowed = {  # the first of each is what an absent key means
@@ -381,9 +383,9 @@ def _ternary(keys: _Keys, read: _Architecture, asked: bool | None, sub_norm: boo
         if key in ("quant_method", "rms_norm_eps"):  # the latter belongs to use_rms_norm
             continue
         if key not in allowed:
-            raise ValueError(f"quantization_config.{key} is not known here, got {value!r}")
+            raise ValueError(f"quantization_config.{key} is not known here, got {_shown(value)}")
         if value not in allowed[key]:
-            raise ValueError(f"quantization_config.{key} must be one of {allowed[key]}, got {value!r}")
+            raise ValueError(f"quantization_config.{key} must be one of {allowed[key]}, got {_shown(value)}")
     return True
 
 
@@ -418,31 +420,31 @@ class _Keys:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise ValueError(f"{key} must be true or false, got {value!r}")
+            raise ValueError(f"{key} must be true or false, got {_shown(value)}")
         return value
 
     def must_be(self, key: str, value: Any) -> None:
         """Refuse any other value; an absent key or null is the same as `value`."""
         got = self.get(key)
         if got is not None and (got != value or type(got) is not type(value)):
-            raise ValueError(f"{key} must be {value!r}, the only case implemented, got {got!r}")
+            raise ValueError(f"{key} must be {value!r}, the only case implemented, got {_shown(got)}")
 
     def architecture(self) -> str:
         names = self._config.get("architectures")
         if not isinstance(names, (list, tuple)) or len(names) != 1:
-            raise ValueError(f"architectures must be a list of one name, got {names!r}")
+            raise ValueError(f"architectures must be a list of one name, got {_shown(names)}")
         if not isinstance(names[0], str) or names[0] not in ARCHITECTURES:
-            raise ValueError(f"architectures must name one of {', '.join(ARCHITECTURES)}, got {names[0]!r}")
+            raise ValueError(f"architectures must name one of {', '.join(ARCHITECTURES)}, got {_shown(names[0])}")
         model_type = self._config.get("model_type")
         allowed = ARCHITECTURES[names[0]].model_types
         if model_type not in allowed:
-            raise ValueError(f"model_type of {names[0]} must be one of {', '.join(allowed)}, got {model_type!r}")
+            raise ValueError(f"model_type of {names[0]} must be one of {', '.join(allowed)}, got {_shown(model_type)}")
         return names[0]
 
     def activation(self, key: str) -> str:
         value = self.required(key)
         if not isinstance(value, str) or value not in ACTIVATIONS:
-            raise ValueError(f"{key} must be one of {', '.join(ACTIVATIONS)}, got {value!r}")
+            raise ValueError(f"{key} must be one of {', '.join(ACTIVATIONS)}, got {_shown(value)}")
         return ACTIVATIONS[value]
 
     def rope(self) -> dict[str, Any]:
@@ -453,7 +455,7 @@ class _Keys:
         theta = self.get("rope_theta")
         if new is not None:
             if not isinstance(new, Mapping):
-                raise ValueError(f"rope_parameters must be an object, got {new!r}")
+                raise ValueError(f"rope_parameters must be an object, got {_shown(new)}")
             if theta is not None and "rope_theta" in new and new["rope_theta"] != theta:
                 raise ValueError(f"rope_theta must be one number, got {theta} and {new['rope_theta']}")
             theta = new.get("rope_theta", theta)
@@ -465,7 +467,7 @@ class _Keys:
         """What Gemma 3 does differently: two rotations, windows, norms of 1 + w and after each part, scales."""
         for switch in ("attn_logit_softcapping", "final_logit_softcapping"):
             if self.get(switch) is not None:
-                raise ValueError(f"{switch} must be null, the only case implemented, got {self.get(switch)!r}")
+                raise ValueError(f"{switch} must be null, the only case implemented, got {_shown(self.get(switch))}")
         self.must_be("use_bidirectional_attention", False)
         kinds = self.get("layer_types")
         pattern = self.get("sliding_window_pattern") or self.get("_sliding_window_pattern")
@@ -478,7 +480,7 @@ class _Keys:
         known = ("sliding_attention", "full_attention")
         if not isinstance(kinds, (list, tuple)) or len(kinds) != layers or not all(kind in known for kind in kinds):
             raise ValueError(
-                f"layer_types must have {layers} entries, each sliding_attention or full_attention, got {kinds!r}"
+                f"layer_types must have {layers} entries, each sliding_attention or full_attention, got {_shown(kinds)}"
             )
         sliding = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
         fields: dict[str, Any] = {
@@ -498,7 +500,9 @@ class _Keys:
         self.must_be("rope_scaling", None)
         self.skip("rope_theta", "rope_local_base_freq")
         if not isinstance(new, Mapping) or set(new) != {"sliding_attention", "full_attention"}:
-            raise ValueError(f"rope_parameters must have the keys sliding_attention and full_attention, got {new!r}")
+            raise ValueError(
+                f"rope_parameters must have the keys sliding_attention and full_attention, got {_shown(new)}"
+            )
         both = [_Keys({"rope_parameters": new[kind]}).rope() for kind in ("full_attention", "sliding_attention")]
         if both[1]["rope_scaling"] is not None:
             raise ValueError("rope_parameters.sliding_attention must have rope_type 'default'")
@@ -508,7 +512,8 @@ class _Keys:
         for key, value in self._config.items():
             if key not in self._read and value is not None:
                 raise ValueError(
-                    f"the config has the key {key!r} = {value!r}, which is not known here, so whether it changes the "
+                    f"the config has the key {_shown(key)} = {_shown(value)}, "
+                    "which is not known here, so whether it changes the "
                     "computation cannot be told; remove it if it does not"
                 )
 
@@ -518,12 +523,12 @@ def _rope_scaling(entry: Any) -> float | Llama3Scaling | None:
     if entry is None:
         return None
     if not isinstance(entry, Mapping):
-        raise ValueError(f"rope_scaling must be an object, got {entry!r}")
+        raise ValueError(f"rope_scaling must be an object, got {_shown(entry)}")
     entry = dict(entry)
     kind = entry.pop("rope_type", None)
     older = entry.pop("type", None)
     if kind is not None and older is not None and kind != older:
-        raise ValueError(f"rope_scaling must have one type, got rope_type {kind!r} and type {older!r}")
+        raise ValueError(f"rope_scaling must have one type, got rope_type {_shown(kind)} and type {_shown(older)}")
     kind = kind or older or "default"
     entry.pop("rope_theta", None)
     keys = {
@@ -532,7 +537,7 @@ def _rope_scaling(entry: Any) -> float | Llama3Scaling | None:
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     }
     if not isinstance(kind, str) or kind not in keys:
-        raise ValueError(f"rope_type must be one of {', '.join(keys)}, got {kind!r}")
+        raise ValueError(f"rope_type must be one of {', '.join(keys)}, got {_shown(kind)}")
     if set(entry) != set(keys[kind]):
         raise ValueError(f"rope scaling of type {kind} must have the keys {keys[kind]}, got {tuple(entry)}")
     values = {key: _positive_float(value, f"rope_scaling.{key}") for key, value in entry.items()}
@@ -682,3 +687,9 @@ PRESETS: Mapping[str, ModelConfig] = MappingProxyType(
 """Published models by their names on Hugging Face, each read from the computing keys of its ``config.json``.
 
 The Llama3-8B-1.58 entry is from a copy of that file in another repository (Rushi2901/bitnet_b1_58-xl)."""
+
+
+def _shown(value: object) -> str:
+    """A value of the config for a message: a hostile one may be megabytes long."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

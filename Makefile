@@ -14,10 +14,10 @@ SOURCES := $(shell find bitnet_ref pyx templates paper_figures -type f -not -nam
            meson.build meson.options pyproject.toml README.md
 
 .DEFAULT_GOAL := help
-.PHONY: help setup paper quick test test-random test-torch fuzz lint sanitize notebook jupyter clean
+.PHONY: help setup paper quick test test-random test-torch test-peers test-llama3 fuzz lint sanitize notebook jupyter clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 paper: setup  ## verify every kernel, then write the memory, speed and energy report
 	$(BIN)/bitnet-ref verify
@@ -37,6 +37,19 @@ test-torch: setup  ## run the tests that need PyTorch: parity with transformers,
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 'transformers>=5,<6' 'accelerate>=1'
 	$(BIN)/pytest tests/test_parity_transformers.py tests/test_formats_layouts.py tests/test_formats_convert.py tests/test_chat.py \
 	  tests/test_distill_bitlinear.py tests/test_small_model.py tests/test_trace.py
+
+test-peers: setup  ## let llama.cpp run files written here (compiles llama.cpp, some 20 minutes the first time)
+	$(BIN)/pip install --quiet --disable-pip-version-check llama-cpp-python==0.3.36
+	$(BIN)/pytest -s tests/test_peers.py
+
+# The vectors and vocabularies lie in llama.cpp's sources, which the source package of its Python bindings carries. With Llama-3's
+# own tokenizer.json (under Meta's licence: get it yourself) copied to build/llama3/ that file is tested as well.
+test-llama3: setup  ## compare tokenizers with llama.cpp's golden vectors (downloads llama.cpp's sources, 70 MB)
+	mkdir -p build/llama3
+	ls build/llama3/llama_cpp_python-*.tar.gz >/dev/null 2>&1 || $(BIN)/pip download --quiet --disable-pip-version-check --no-deps \
+	  --no-binary llama-cpp-python --dest build/llama3 llama-cpp-python==0.3.36
+	tar -xzf build/llama3/llama_cpp_python-*.tar.gz -C build/llama3 --strip-components 4 --wildcards '*/vendor/llama.cpp/models/ggml-vocab-*'
+	BITNET_REF_LLAMA3=build/llama3 $(BIN)/pytest -s tests/test_tokenizer.py -k golden
 
 fuzz: setup  ## feed mutated files to the readers and converters for ten minutes
 	$(BIN)/python -P tests/fuzz.py --seconds 600 --seed $${SEED:-0}

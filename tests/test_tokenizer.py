@@ -675,6 +675,8 @@ def check_golden(tokenizer, base):
 def test_golden_llama3():
     """From tokenizer.json, and from the rank file that its vocabulary makes."""
     base = Path(GOLDEN) / "ggml-vocab-llama-bpe.gguf"
+    if not (Path(GOLDEN) / "tokenizer.json").exists():
+        pytest.skip(f"needs the tokenizer.json of Llama-3 in {GOLDEN}; test_golden_gguf reads its vocabulary from GGUF")
     data = (Path(GOLDEN) / "tokenizer.json").read_bytes()
     check_golden(tokenizer_from_files({"tokenizer.json": data}, GOLDEN), base)
     vocabulary = json.loads(data)["model"]["vocab"]
@@ -701,4 +703,4 @@ def test_golden_gguf():
         check_golden(tokenizer, path)
         right.append(path.name)
     print(f"right: {right}; refused: {refused}")
-    assert right
+    assert "ggml-vocab-llama-bpe.gguf" in right

@@ -14,7 +14,7 @@ SOURCES := $(shell find bitnet_ref pyx templates paper_figures -type f -not -nam
            meson.build meson.options pyproject.toml README.md
 
 .DEFAULT_GOAL := help
-.PHONY: help setup paper quick test test-random test-torch test-peers test-llama3 fuzz lint sanitize notebook jupyter clean
+.PHONY: help setup paper quick test test-random test-torch test-peers test-llama3 parity fuzz lint sanitize notebook jupyter clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -37,6 +37,10 @@ test-torch: setup  ## run the tests that need PyTorch: parity with transformers,
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 'transformers>=5,<6' 'accelerate>=1'
 	$(BIN)/pytest tests/test_parity_transformers.py tests/test_formats_layouts.py tests/test_formats_convert.py tests/test_chat.py \
 	  tests/test_distill_bitlinear.py tests/test_small_model.py tests/test_trace.py
+
+parity: setup  ## compare with transformers again and keep the errors for the report (installs PyTorch)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 'transformers>=5,<6' 'accelerate>=1'
+	BITNET_REF_PARITY=bitnet_ref/report/parity_transformers.json $(BIN)/pytest tests/test_parity_transformers.py -k same_network
 
 test-peers: setup  ## let llama.cpp run files written here (compiles llama.cpp, some 20 minutes the first time)
 	$(BIN)/pip install --quiet --disable-pip-version-check llama-cpp-python==0.3.36

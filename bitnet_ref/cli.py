@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -21,7 +22,9 @@ import bitnet_ref
 from bitnet_ref import kernels
 from bitnet_ref.commands import bar, command, emit, json_option
 from bitnet_ref.commands.model import COMMANDS as MODEL_COMMANDS
+from bitnet_ref.commands.model import convention_option, layout_option
 from bitnet_ref.commands.trace import diff, trace
+from bitnet_ref.errors import FormatError
 
 __all__ = ["main"]
 
@@ -139,17 +142,21 @@ def paper(out: Path, quick: bool, weights: Path | None, as_json: bool) -> None:
         click.echo(f"report written to {page}")
 
 
-@main.command(short_help="Show the tensors of a weight file, and their ternarisation.")
-@click.argument("file", type=click.Path(path_type=Path))
+@main.command(short_help="Show network, tensors, zeros and memory of a model or weight file.")
+@click.argument("model", type=click.Path(path_type=Path))
+@layout_option
+@convention_option
 @json_option
 @command
-def inspect(file: Path, as_json: bool) -> None:
-    """Show the tensors of a safetensors or GGUF file and what ternarisation would do to them.
+def inspect(model: Path, layout: str | None, scale_convention: str | None, as_json: bool) -> None:
+    """Show what MODEL (a Hugging Face folder, a GGUF file, a packed file) holds, and where its bytes go.
 
-    For float matrices: the absmean scale, the fraction of zeros, the entropy in bits per weight, and the relative error
-    (Frobenius norm of the difference over that of the weights).
+    For a model: its network, the zeros of each layer, and a memory account of these very files beside the paper's
+    figure. For float matrices: what ternarisation would do to them (absmean scale, fraction of zeros, entropy in bits
+    per weight, relative error in the Frobenius norm). A file that is no whole model is shown tensor by tensor.
     """
-    from bitnet_ref.formats import inspect_file
+    from bitnet_ref.formats import inspect_file, inspect_model
+    from bitnet_ref.measure.file_account import account_beside_paper
 
     with bar() as progress:
         task = progress.add_task("reading", total=1.0)
@@ -157,25 +164,44 @@ def inspect(file: Path, as_json: bool) -> None:
         def advance(done: int, total: int, name: str) -> None:
             progress.update(task, total=total, completed=done, description=escape(name[:40]))
 
-        found = inspect_file(file, progress=advance)
+        found: Any = None
+        try:
+            found, why = inspect_model(model, layout=layout, convention=scale_convention, progress=advance), ""
+        except FormatError as error:
+            if model.is_dir() or layout or scale_convention:
+                raise
+            why = str(error)
+        if found is None:
+            found = inspect_file(model, progress=advance)
+    account = [] if why else account_beside_paper(found)
     if as_json:
-        emit(found.as_dict())
+        emit(found.as_dict() | {"not_a_model": why or None, "memory": account})
         return
     console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(
-        f"{found.path}: {found.format}, {found.file_bytes:,} bytes, {len(found.tensors)} tensors",
-        highlight=False,
-        markup=False,
-    )
-    for key, value in found.metadata.items():
-        console.print(f"  {key} = {value}", highlight=False, markup=False)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False)
+
+    say(f"{found.path}: {found.format}, {found.file_bytes:,} bytes, {len(found.tensors)} tensors")
+    for key, value in (found.metadata if why else found.config).items():
+        say(f"  {key} = {value}")
+    if why:
+        say(f"note: shown as a file, not as a model: {why}")
+    _print_tensors(console, found.tensors)
+    if not why:
+        _print_account(console, found, account)
+    for note in found.notes:
+        say(f"note: {note}")
+
+
+def _print_tensors(console: Console, tensors: Any) -> None:
     table = Table(box=None, header_style="bold")
     for column in ("tensor", "shape", "type"):
         table.add_column(column)
     for column in ("bytes", "scale", "zeros", "entropy", "rel. error"):
         table.add_column(column, justify="right")
     table.add_column("note")
-    for tensor in found.tensors:
+    for tensor in tensors:
         table.add_row(
             Text(tensor.name),
             " x ".join(map(str, tensor.shape)),
@@ -188,8 +214,27 @@ def inspect(file: Path, as_json: bool) -> None:
             Text("already ternary" if tensor.already_ternary else tensor.note or ""),
         )
     console.print(table)
-    for note in found.notes:
-        console.print(f"note: {note}", highlight=False, markup=False)
+
+
+def _print_account(console: Console, found: Any, account: list[dict[str, Any]]) -> None:
+    """Zeros of each layer, and the bytes of the files by part."""
+    if found.layers:
+        table = Table(box=None, header_style="bold", title="zeros of the ternary matrices", title_justify="left")
+        for column in ("layer", "weights", "zeros"):
+            table.add_column(column, justify="right")
+        for layer in found.layers:
+            table.add_row(str(layer.layer), f"{layer.n_weights:,}", f"{layer.fraction_zeros:.2%}")
+        console.print(table)
+    table = Table(box=None, header_style="bold", title="memory account", title_justify="left")
+    table.add_column("part")
+    for column in ("bytes", "MB", "weights", "bits a weight"):
+        table.add_column(column, justify="right")
+    table.add_column("kind")
+    for row in account:
+        bits = f"{8 * row['bytes'] / row['weights']:.4f}" if row["weights"] else ""
+        weights = f"{row['weights']:,}" if row["weights"] else ""
+        table.add_row(row["part"], f"{row['bytes']:,}", f"{row['bytes'] / 1e6:,.3f}", weights, bits, row["kind"])
+    console.print(table)
 
 
 def _number(value: float | None, spec: str) -> str:

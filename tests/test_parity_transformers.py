@@ -10,16 +10,21 @@ theirs are taken, through the `linear` argument of the network. After that every
 """
 
 import functools
+import json
+import os
 import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from bitnet_ref.measure.record import record
 from bitnet_ref.reference.config import Llama3Scaling, ModelConfig
 from bitnet_ref.reference.model import forward, generate_greedy, linear, random_weights, ternary_weights
 from bitnet_ref.reference.quantize import quantize_activations
 from bitnet_ref.reference.rope import frequencies
+from bitnet_ref.runtime.model import Model
 
 torch = pytest.importorskip("torch", reason="parity with transformers needs the extra [distill]: no torch here")
 transformers = pytest.importorskip("transformers", reason="parity needs the extra [distill]: no transformers here")
@@ -173,6 +178,8 @@ def test_same_network(case):
     }
     np.testing.assert_array_equal(logits[PROMPT - 1 : -1].argmax(axis=1), tokens[PROMPT:])
 
+    _note_parity(case, kind, config, errors, len(follow.flips), logits, _kernel_logits(config, weights, tokens, follow))
+
     # Running freely, ours may leave theirs at the first flip and not before: attention only looks back.
     free = min((position for _, position in follow.flips), default=len(tokens)) - PROMPT + 1
     written = generate_greedy(config, weights, prompt, WRITTEN)
@@ -190,6 +197,46 @@ def test_rope_speeds_are_those_of_transformers(theta, head_dim):
         rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
         # One unit in the last place, because torch's float32 power is not always the nearest float32; ours is.
         np.testing.assert_array_max_ulp(frequencies(head_dim, theta, scaling), rotary.inv_freq.numpy(), 1)
+
+
+PARITY: list[dict] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def parity_file():
+    """BITNET_REF_PARITY=<file> keeps what was compared, for the report (``make parity``)."""
+    yield
+    if path := os.environ.get("BITNET_REF_PARITY"):
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        header = record("make parity") | versions
+        Path(path).write_text(json.dumps({"record": header, "rows": PARITY}, indent=1) + "\n")
+
+
+def _kernel_logits(config, weights, tokens, follow):
+    """Logits of the compiled model; None if an activation flipped, which it cannot be told to follow."""
+    if follow.flips:
+        return None
+    return Model.from_weights(config, weights, "i2", "f32", n_threads=1).logits(tokens)
+
+
+def _note_parity(case, kind, config, errors, flips, logits, compiled):
+    """One row for the report; the compiled model must be as near to transformers as the reference is."""
+    difference = None if compiled is None else float(np.abs(compiled - logits).max() / np.ptp(logits))
+    assert difference is None or difference < BOUND
+    network = f"{config.layers} layers of {config.hidden}, {config.heads}/{config.kv_heads} heads, {config.activation}"
+    PARITY.append(
+        {
+            "case": case,
+            "class": f"{kind}ForCausalLM",
+            "network": network,
+            "tensors": len(errors),
+            "logits_error": errors["logits"],
+            "worst_error": max(errors.values()),
+            "flips": flips,
+            "same_tokens": WRITTEN,
+            "kernels_to_reference": difference,
+        }
+    )
 
 
 class _Named(tuple):

@@ -22,6 +22,7 @@ from bitnet_ref.formats.inspect import (
     inspect_file,
     weight_distribution,
 )
+from bitnet_ref.formats.inspect_model import ModelReport, inspect_model
 from bitnet_ref.formats.tensors import StoredTensor, TensorFile, open_tensor_file
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "FloatTensor",
     "LayerHistogram",
     "LayoutVerdict",
+    "ModelReport",
     "StoredTensor",
     "TensorFile",
     "TensorReport",
@@ -43,6 +45,7 @@ __all__ = [
     "detect",
     "detect_i2s_layout",
     "inspect_file",
+    "inspect_model",
     "open_checkpoint",
     "open_tensor_file",
     "read_gguf_metadata",

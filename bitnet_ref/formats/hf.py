@@ -296,8 +296,19 @@ class _Floats:
         return self.load_float() if ternary is None else ternary
 
 
-def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of all shards by name."""
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files that make up a folder's model: model.safetensors, or the shards of its index.
+
+    Raises
+    ------
+    FormatError
+        If there are none, or it cannot be told which.
+    """
+    return [path / file for file in _weight_map(path)[0]]
+
+
+def _weight_map(path: Path) -> tuple[list[str], dict[str, str] | None]:
+    """Names of the files, and the shard of each tensor if the folder has an index."""
     index = path / _INDEX
     if index.exists():
         weight_map = load_json_object(index).get("weight_map")
@@ -307,14 +318,20 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
         for file in files:
             if not re.fullmatch(r"[\w.+-]{1,200}\.safetensors", file):  # no path out of the folder
                 raise FormatError(f"{index}: shards must be safetensors files of this folder, got {file[:200]!r}")
-    else:
-        found = sorted(file.name for file in path.glob("*.safetensors"))
-        files = ["model.safetensors"] if "model.safetensors" in found else found
-        if len(files) != 1:
-            have = f"{len(files)} files without an index" if files else "none"
-            pickles = " (pickled .bin and .pt weights are not read: loading one runs the code in it)"
-            raise FormatError(f"{path} must hold model.safetensors or {_INDEX}, got {have}{'' if files else pickles}")
-        weight_map = None
+        return files, weight_map
+    found = sorted(file.name for file in path.glob("*.safetensors"))
+    files = ["model.safetensors"] if "model.safetensors" in found else found
+    if len(files) != 1:
+        have = f"{len(files)} files without an index" if files else "none"
+        pickles = " (pickled .bin and .pt weights are not read: loading one runs the code in it)"
+        raise FormatError(f"{path} must hold model.safetensors or {_INDEX}, got {have}{'' if files else pickles}")
+    return files, None
+
+
+def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of all shards by name."""
+    index = path / _INDEX
+    files, weight_map = _weight_map(path)
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         opened = open_tensor_file(path / file)

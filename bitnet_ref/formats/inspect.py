@@ -25,6 +25,8 @@ __all__ = [
     "TensorReport",
     "WeightDistribution",
     "inspect_file",
+    "json_safe",
+    "tensor_report",
     "weight_distribution",
 ]
 
@@ -113,7 +115,7 @@ class FileReport:
         result = asdict(self)
         result["totals"] = self.totals
         result["notes"] = self.notes
-        return _json_safe(result)
+        return json_safe(result)
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ def inspect_file(path: str | os.PathLike[str], progress: Progress | None = None)
     opened = open_tensor_file(path)
     rows = []
     for i, tensor in enumerate(opened.tensors):
-        rows.append(_report(tensor))
+        rows.append(tensor_report(tensor))
         if progress is not None:
             progress(i + 1, len(opened.tensors), tensor.name)
     return FileReport(str(opened.path), opened.format, opened.file_bytes, opened.metadata, tuple(rows))
@@ -264,7 +266,8 @@ def _row(tensor: StoredTensor) -> TensorReport:
     )
 
 
-def _report(tensor: StoredTensor) -> TensorReport:
+def tensor_report(tensor: StoredTensor) -> TensorReport:
+    """The row of one tensor, read as it is stored."""
     row = _row(tensor)
     if len(tensor.shape) == 3:
         return replace(row, note=f"stack of {tensor.shape[0]:,} matrices, not a matrix")
@@ -306,11 +309,12 @@ def _single_magnitude(w: np.ndarray) -> float | None:
     return float(largest) if ternary else None
 
 
-def _json_safe(value: Any) -> Any:
+def json_safe(value: Any) -> Any:
+    """The same value with None for numbers that JSON does not have."""
     if isinstance(value, dict):
-        return {key: _json_safe(item) for key, item in value.items()}
+        return {key: json_safe(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_json_safe(item) for item in value]
+        return [json_safe(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -219,13 +219,15 @@ def _print_tensors(console: Console, tensors: Any) -> None:
 def _print_account(console: Console, found: Any, account: list[dict[str, Any]]) -> None:
     """Zeros of each layer, and the bytes of the files by part."""
     if found.layers:
-        table = Table(box=None, header_style="bold", title="zeros of the ternary matrices", title_justify="left")
+        console.print("\nzeros of the ternary matrices", style="bold")
+        table = Table(box=None, header_style="bold")
         for column in ("layer", "weights", "zeros"):
             table.add_column(column, justify="right")
         for layer in found.layers:
             table.add_row(str(layer.layer), f"{layer.n_weights:,}", f"{layer.fraction_zeros:.2%}")
         console.print(table)
-    table = Table(box=None, header_style="bold", title="memory account", title_justify="left")
+    console.print("\nmemory account", style="bold")
+    table = Table(box=None, header_style="bold")
     table.add_column("part")
     for column in ("bytes", "MB", "weights", "bits a weight"):
         table.add_column(column, justify="right")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import tempfile
 import time
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import numpy as np
 from bitnet_ref import kernels
 from bitnet_ref.errors import BitnetRefError
 from bitnet_ref.formats import inspect_file, weight_distribution
-from bitnet_ref.measure import energy, memory, power, speed
+from bitnet_ref.measure import energy, file_account, memory, model_speed, power, speed
 from bitnet_ref.measure.architectures import PUBLISHED_SIX
 from bitnet_ref.measure.record import record
 from bitnet_ref.reference.packing import PackedTernary, pack
@@ -31,7 +34,8 @@ Progress = Callable[[str, float], None]
 """Called as ``progress(label, fraction done)``."""
 
 _SPEED_BEGINS = 0.08
-_SPEED_ENDS = 0.9
+_SPEED_ENDS = 0.75
+_MODELS_END = 0.9
 
 
 def collect(*, quick: bool, weights: Path | None, command: str, progress: Progress | None = None) -> dict[str, Any]:
@@ -51,7 +55,7 @@ def collect(*, quick: bool, weights: Path | None, command: str, progress: Progre
     Returns
     -------
     dict
-        Keys record, limits, speed, memory, energy, energy_parts, energy_left_out, energy_bitnet_table, energy_b158,
+        Keys record, limits, speed, model_speed, model_files, parity, memory, energy, energy_parts, energy_left_out, energy_bitnet_table, energy_b158,
         energy_implied_watts, energy_measured; weights if a file was given. Values are JSON-ready.
 
     Raises
@@ -76,7 +80,12 @@ def collect(*, quick: bool, weights: Path | None, command: str, progress: Progre
         lambda label, fraction: report(label, _SPEED_BEGINS + (_SPEED_ENDS - _SPEED_BEGINS) * fraction),
     )
     results["speed"], results["limits"] = speed_rows, limit_rows
-    report("energy counters", _SPEED_ENDS)
+    results["model_speed"] = model_speed.measure_model_speed(
+        quick, lambda label, fraction: report(label, _SPEED_ENDS + (_MODELS_END - _SPEED_ENDS) * fraction)
+    )
+    report("model files", _MODELS_END)
+    results["model_files"] += file_results()
+    report("energy counters", _MODELS_END)
     results["energy_measured"] = measure_energy(1.0 if quick else 5.0)
     header["quick"] = quick
     header["seconds"] = round(time.perf_counter() - begin, 1)
@@ -95,6 +104,8 @@ def modelled_results() -> dict[str, Any]:
     }
     return {
         "memory": [{"table": table, **row.as_row()} for table, rows in tables.items() for row in rows],
+        "model_files": file_account.model_form_rows(),
+        "parity": parity_results(),
         "energy": [row.as_row() for row in energy.published_rows()],
         "energy_parts": energy_parts_rows(),
         "energy_left_out": [row.as_row() for row in energy.left_out_rows()],
@@ -102,6 +113,27 @@ def modelled_results() -> dict[str, Any]:
         "energy_b158": [row.as_row() for row in energy.b158_rows()],
         "energy_implied_watts": [row.as_row() for row in energy.implied_watts_rows()],
     }
+
+
+def parity_results() -> list[dict[str, Any]]:
+    """Errors against transformers, from the file that ``make parity`` wrote: transformers is not in the base install."""
+    text = resources.files("bitnet_ref.report").joinpath("parity_transformers.json").read_text(encoding="utf-8")
+    kept = json.loads(text)
+    about = kept["record"]
+    source = (
+        f"make parity, measured on {about['date'][:10]}, {about['cpu']}, commit {about['commit']}, "
+        f"transformers {about['transformers']}, torch {about['torch']}; not on this machine"
+    )
+    return [{**row, "kind": "measured", "source": source} for row in kept["rows"]]
+
+
+def file_results() -> list[dict[str, Any]]:
+    """Bytes of the packaged model written in every form; no rows if this installation has no model."""
+    model = Path(str(resources.files("bitnet_ref"))) / "models" / "small" / "small-base3.safetensors"
+    if not model.exists():
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        return file_account.form_rows(model, Path(folder))
 
 
 def energy_parts_rows() -> list[dict[str, Any]]:

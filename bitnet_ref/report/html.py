@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,8 @@ def figures_of(results: Row, folder: Path) -> list[Figure]:
 def tables(results: Row) -> dict[str, list[Table]]:
     """Section -> its tables."""
     made = {"memory": _memory_tables(results), "energy": _energy_tables(results), "speed": _speed_tables(results)}
+    if "parity" in results:
+        made["models"] = _model_tables(results)
     if "weights" in results:
         made["weights"] = _weight_tables(results["weights"])
     return made
@@ -419,6 +421,95 @@ def _speed_tables(results: Row) -> list[Table]:
             note="A probe is an ordinary program, not a proven bound: a kernel may come out slightly above it.",
         )
     )
+    return made
+
+
+def _model_tables(results: Row) -> list[Table]:
+    made = [
+        _table(
+            "Parity with transformers: one random network of each published kind",
+            [
+                _text("network", "case"),
+                _text("class there", "class"),
+                _text("sizes", "network"),
+                _number("tensors compared", "", "measured", "tensors", "d"),
+                _number("logits, error over range", "10⁻⁶", "measured", "logits_error", ".2f", 1e6),
+                _number("worst tensor", "10⁻⁶", "measured", "worst_error", ".2f", 1e6),
+                _number("greedy tokens the same", "", "measured", "same_tokens", "d"),
+                _number("activations at a tie", "", "measured", "flips", "d"),
+                _number("kernels and reference, logits", "10⁻⁶", "measured", "kernels_to_reference", ".2f", 1e6),
+            ],
+            results["parity"],
+            note="float32 there and here, every tensor of every layer. An activation at a tie may round to the other "
+            "int8; then theirs is taken and the last column is left out (–).",
+        )
+    ]
+    files = results["model_files"]
+    columns = [
+        _text("form", "form"),
+        _text("embedding", "embedding"),
+        *(
+            _number(heading, "bytes", "", key, ",d")
+            for heading, key in (
+                ("ternary matrices", "matrices_bytes"),
+                ("scales and norms", "small_bytes"),
+                ("embedding and head", "embedding_bytes"),
+            )
+        ),
+    ]
+
+    def of(kind: str) -> list[Column]:
+        return [replace(column, kind=kind if column.numeric else "") for column in columns]
+
+    modelled, measured = (select(files, kind=kind) for kind in ("modelled", "measured"))
+    made.append(
+        _table(
+            "Files of a 2B4T-size model, beside “0.4 GB”",
+            [
+                *of("modelled"),
+                _number("all", "bytes", "modelled", "total_bytes", ",d"),
+                _number("all, over 0.4 GB", "times", "modelled", "over_published", ".2f"),
+            ],
+            [{**row, "over_published": row["total_bytes"] / 0.4e9} for row in modelled],
+            note="From shapes, to the byte; the header and the vocabulary of a file (some MB) are not counted. 0.4 GB is "
+            "the figure of [2B4T, Table 1], without the embedding.",
+        )
+    )
+    if measured:
+        made.append(
+            _table(
+                f"Files of the packaged model {measured[0]['model']}, written in every form",
+                [
+                    *of("measured"),
+                    _number("headers, vocabulary", "bytes", "measured", "header_bytes", ",d"),
+                    _number("all", "bytes", "measured", "total_bytes", ",d"),
+                ],
+                measured,
+            )
+        )
+    if "model_speed" in results:
+        rows = results["model_speed"]
+        made.append(
+            _table(
+                "Tokens a second of a 2B4T-size model, by packing and head",
+                [
+                    _text("packing", "scheme"),
+                    _text("head", "head"),
+                    _number("threads", "", "", "threads", "d"),
+                    _number("writing", "tokens/s", "measured", "decode_tokens_per_s", ".1f"),
+                    _number("reading a prompt", "tokens/s", "measured", "prefill_tokens_per_s", ".1f"),
+                    _number("read for a token", "MB", "modelled", "bytes_per_token", ",.1f", 1e-6),
+                    _number("of the read bandwidth", "%", "measured", "read_bandwidth_fraction", ".0f", 100),
+                    _number("products with ternary matrices", "%", "measured", "product_fraction", ".0f", 100),
+                    _number("head", "%", "measured", "head_fraction", ".0f", 100),
+                    _number("Python", "%", "measured", "python_fraction", ".1f", 100),
+                ],
+                rows,
+                note=f"Random weights; a prompt of {rows[0]['n_prompt']} tokens (too short to show the speed of long "
+                f"ones), then {rows[0]['n_generate']} steps. Read bandwidth in the same run: "
+                f"{rows[0]['read_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s. The last three columns are shares of a step.",
+            )
+        )
     return made
 
 

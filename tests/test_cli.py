@@ -12,6 +12,8 @@ from safetensors.numpy import save_file
 import bitnet_ref as br
 from bitnet_ref import kernels
 from bitnet_ref.cli import main
+from bitnet_ref.commands.model import packaged_model
+from bitnet_ref.formats import open_checkpoint
 
 
 def run(*arguments, expect=0):
@@ -105,6 +107,32 @@ def test_inspect(tmp_path):
     assert row["fraction_zeros"] == pytest.approx((br.quantize_weights(w)[0] == 0).mean())
     text = run("inspect", tmp_path / "a.safetensors").stdout
     assert "up_proj" in text and "256 x 512" in text and f"{row['fraction_zeros']:.1%}" in text
+
+
+@pytest.mark.parametrize("form", ["hf-packed", "packed", "gguf-tq1_0", "gguf-i2_s"])
+def test_inspect_of_a_model_accounts_for_every_byte(tmp_path, form):
+    run("convert", packaged_model(), tmp_path / "m", "--to", form)
+    found = json.loads(run("inspect", tmp_path / "m", "--json").stdout)
+    files = sorted((tmp_path / "m").iterdir()) if form == "hf-packed" else [tmp_path / "m"]
+    memory = {row["part"]: row for row in found["memory"]}
+    assert memory["all files"]["bytes"] == found["file_bytes"] == sum(file.stat().st_size for file in files)
+    assert sum(part["stored_bytes"] for part in found["account"]) == found["file_bytes"]
+    # The integers are the same in every form, so are the zeros.
+    checkpoint = open_checkpoint(packaged_model())
+    for layer in found["layers"]:
+        names = [name for name in checkpoint.entries if f"layers.{layer['layer']}." in name and "proj" in name]
+        w_q = np.concatenate([checkpoint[name].w_q.ravel() for name in names])
+        assert (layer["n_weights"], layer["n_zeros"]) == (w_q.size, int((w_q == 0).sum()))
+    assert memory["printed for BitNet b1.58 2B4T (2.08e9 ternary weights), without embedding"]["bytes"] == 400_000_000
+    text = run("inspect", tmp_path / "m").stdout
+    assert "memory account" in text and f"{found['file_bytes']:,}" in text and "hidden_size = 256" in text
+
+
+def test_inspect_says_why_a_file_is_no_model(tmp_path):
+    save_file({"a": np.ones((2, 3), np.float32)}, tmp_path / "a.safetensors")
+    assert (
+        "has no configuration" in json.loads(run("inspect", tmp_path / "a.safetensors", "--json").stdout)["not_a_model"]
+    )
 
 
 def test_inspect_prints_names_as_they_are(tmp_path):

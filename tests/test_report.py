@@ -100,12 +100,21 @@ RECORD = {
 }
 
 
+def made_up_model(scheme="i2", head="q8_0"):
+    shares = dict.fromkeys(("product_fraction", "head_fraction", "python_fraction"), 0.25)
+    speeds = {"decode_tokens_per_s": 20.0, "prefill_tokens_per_s": 40.0, "read_bandwidth_bytes_per_s": 30e9}
+    about = {"model": "random", "scheme": scheme, "head": head, "threads": 2, "n_prompt": 8, "n_generate": 16}
+    moved = {"bytes_per_token": 750_000_000, "read_bandwidth_fraction": 0.5}
+    return {**about, **speeds, **moved, **shares, "kind": "measured", "source": "made up"}
+
+
 def made_up_results(**changes):
     return {
         "record": RECORD,
         **collecting.modelled_results(),
         "speed": made_up_speed(),
         "limits": made_up_limits(),
+        "model_speed": [made_up_model(), made_up_model("base3", "f16")],
         "energy_measured": {"kind": "measured", "available": False, "reason": "not available: made up"},
         **changes,
     }
@@ -212,6 +221,28 @@ def test_account_table_has_every_part_of_every_model():
     assert {column.kind for column in table.columns if column.numeric} == {"modelled"}
 
 
+def test_whole_models_are_shown():
+    made = {table.title: table for table in html.tables(made_up_results())["models"]}
+    parity, files, speed = made.values()
+    assert len(parity.cells) == 11 and "commit" in parity.sources[0] and "not on this machine" in parity.sources
+    assert {column.kind for column in files.columns if column.numeric} == {"modelled"}
+    cells = {row[:2]: row[2:] for row in files.cells}
+    # The account of I2_S, f16: body, scales and norms, embedding; 2.95 times the printed 0.4 GB.
+    assert cells["GGUF I2_S", "f16"] == ("521,011,200", "1,768,000", "656,670,720", "1,179,449,920", "2.95")
+    assert speed.cells[1][:4] == ("base3", "f16", "2", "20.0") and "30.0 GB/s" in speed.note
+
+
+def test_real_files_add_up():
+    rows = collecting.file_results()
+    assert len(rows) == 21 and {row["kind"] for row in rows} == {"measured"}
+    for row in rows:
+        parts = ("matrices_bytes", "small_bytes", "embedding_bytes", "header_bytes")
+        assert sum(row[part] for part in parts) == row["total_bytes"]
+    # 2,359,296 weights of whole blocks: 54 bytes for 256 of them, and 2 bits each with a scale of their own.
+    bytes_of = {row["form"]: row["matrices_bytes"] for row in rows}
+    assert bytes_of["GGUF TQ1_0"] == 2_359_296 // 256 * 54 and bytes_of["GGUF I2_S"] == 2_359_296 // 4
+
+
 def test_parts_add_up_to_the_last_case():
     parts = collecting.energy_parts_rows()
     whole = {(row.phase, row.model): row.joules for row in energy.left_out_rows() if row.case.endswith("memory")}
@@ -232,6 +263,7 @@ def test_collect_asks_for_speed_once_and_reports_progress(monkeypatch, weight_fi
         return made_up_speed(), made_up_limits()
 
     monkeypatch.setattr(collecting.speed, "measure", measure)
+    monkeypatch.setattr(collecting.model_speed, "measure_model_speed", lambda quick, progress: [made_up_model()])
     monkeypatch.setattr(collecting, "record", lambda command: {"command": command})
     monkeypatch.setattr(collecting, "measure_energy", lambda seconds: {"kind": "measured", "available": False})
     results = report.collect(quick=True, weights=weight_file, command="x", progress=lambda *call: seen.append(call))
@@ -239,7 +271,7 @@ def test_collect_asks_for_speed_once_and_reports_progress(monkeypatch, weight_fi
     assert set(results) == {
         *("record", "limits", "speed", "memory", "energy", "weights"),
         *("energy_parts", "energy_left_out", "energy_bitnet_table", "energy_b158", "energy_implied_watts"),
-        "energy_measured",
+        *("energy_measured", "model_speed", "model_files", "parity"),
     }
     assert results["record"]["quick"] is True and results["record"]["seconds"] >= 0
     fractions = [fraction for _, fraction in seen]

@@ -55,8 +55,9 @@ def collect(*, quick: bool, weights: Path | None, command: str, progress: Progre
     Returns
     -------
     dict
-        Keys record, limits, speed, model_speed, model_files, parity, memory, energy, energy_parts, energy_left_out, energy_bitnet_table, energy_b158,
-        energy_implied_watts, energy_measured; weights if a file was given. Values are JSON-ready.
+        Keys record, limits, speed, model_speed, model_files, parity, memory, energy, energy_parts, energy_left_out,
+        energy_bitnet_table, energy_b158, energy_implied_watts, energy_measured; weights if a file was given. Values are
+        JSON-ready.
 
     Raises
     ------
@@ -116,7 +117,7 @@ def modelled_results() -> dict[str, Any]:
 
 
 def parity_results() -> list[dict[str, Any]]:
-    """Errors against transformers, from the file that ``make parity`` wrote: transformers is not in the base install."""
+    """Errors against transformers, which the base install lacks: from the file that ``make parity`` wrote."""
     text = resources.files("bitnet_ref.report").joinpath("parity_transformers.json").read_text(encoding="utf-8")
     kept = json.loads(text)
     about = kept["record"]
@@ -129,7 +130,7 @@ def parity_results() -> list[dict[str, Any]]:
 
 def file_results() -> list[dict[str, Any]]:
     """Bytes of the packaged model written in every form; no rows if this installation has no model."""
-    model = Path(str(resources.files("bitnet_ref"))) / "models" / "small" / "small-base3.safetensors"
+    model = Path(__file__).parents[1] / "models" / "small" / "small-base3.safetensors"
     if not model.exists():
         return []
     with tempfile.TemporaryDirectory() as folder:

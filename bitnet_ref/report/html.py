@@ -432,11 +432,11 @@ def _model_tables(results: Row) -> list[Table]:
                 _text("network", "case"),
                 _text("class there", "class"),
                 _text("sizes", "network"),
-                _number("tensors compared", "", "measured", "tensors", "d"),
+                _number("compared", "tensors", "measured", "tensors", "d"),
                 _number("logits, error over range", "10⁻⁶", "measured", "logits_error", ".2f", 1e6),
                 _number("worst tensor", "10⁻⁶", "measured", "worst_error", ".2f", 1e6),
-                _number("greedy tokens the same", "", "measured", "same_tokens", "d"),
-                _number("activations at a tie", "", "measured", "flips", "d"),
+                _number("greedy, the same", "tokens", "measured", "same_tokens", "d"),
+                _number("at a tie", "activations", "measured", "flips", "d"),
                 _number("kernels and reference, logits", "10⁻⁶", "measured", "kernels_to_reference", ".2f", 1e6),
             ],
             results["parity"],
@@ -471,8 +471,8 @@ def _model_tables(results: Row) -> list[Table]:
                 _number("all, over 0.4 GB", "times", "modelled", "over_published", ".2f"),
             ],
             [{**row, "over_published": row["total_bytes"] / 0.4e9} for row in modelled],
-            note="From shapes, to the byte; the header and the vocabulary of a file (some MB) are not counted. 0.4 GB is "
-            "the figure of [2B4T, Table 1], without the embedding.",
+            note="From shapes, to the byte; the header and the vocabulary of a file (some MB) are not counted. 0.4 GB "
+            "is the figure of [2B4T, Table 1], without the embedding.",
         )
     )
     if measured:

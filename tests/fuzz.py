@@ -36,7 +36,7 @@ from safetensors.numpy import save_file
 
 import bitnet_ref
 from bitnet_ref.errors import BitnetRefError
-from bitnet_ref.formats import TARGETS, TernaryTensor, convert, detect, inspect_file, open_checkpoint
+from bitnet_ref.formats import TARGETS, TernaryTensor, convert, detect, inspect_file, inspect_model, open_checkpoint
 from bitnet_ref.reference.config import ModelConfig
 from bitnet_ref.reference.model import random_weights, ternary_weights
 from bitnet_ref.reference.packing import schemes
@@ -326,6 +326,7 @@ def examine(rng: np.random.Generator, path: Path, out: Path) -> None:
     attempt("detect", lambda: detect(path))
     if path.is_file():
         attempt("inspect_file", lambda: inspect_file(path))
+    attempt("inspect_model", lambda: inspect_model(path))
     values = attempt("read", lambda: read_all(path, quantize=quantize))
     if rng.random() < 0.3:
         network = attempt("open_network", lambda: open_network(path, quantize=quantize))

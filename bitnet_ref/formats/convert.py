@@ -21,7 +21,14 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from bitnet_ref.errors import FormatError
-from bitnet_ref.formats.checkpoint import Checkpoint, Entry, FloatTensor, TernaryTensor, is_embedding_or_head
+from bitnet_ref.formats.checkpoint import (
+    Checkpoint,
+    Entry,
+    FloatTensor,
+    TernaryTensor,
+    expected_rows,
+    is_embedding_or_head,
+)
 from bitnet_ref.formats.float_types import FLOAT_TYPES, check_float_type, encode_floats, row_bytes
 from bitnet_ref.formats.gguf_file import GgufPlan, GgufStream, open_gguf_checkpoint
 from bitnet_ref.formats.gguf_names import (
@@ -244,6 +251,9 @@ def _write_hf(job: _Job, folder: Path) -> list[str]:
                 f"hf-packed needs rows in fours (transformers' layer has no room for the rest), {entry.name} has "
                 f"{entry.shape[0]}"
             )
+        wanted = expected_rows(entry.name, job.source.config)
+        if wanted is not None and wanted != entry.shape[0]:
+            raise ValueError(f"{entry.name} must have the {wanted} rows of the configuration, got {entry.shape[0]}")
     plans: list[tuple[str, str, tuple[int, ...], int]] = []
     for entry in job.ternary:
         m, k = entry.shape

@@ -55,6 +55,50 @@ def test_activations_become_the_integers_and_scales_of_the_reference(seed, shape
     np.testing.assert_array_equal(x_scale, expected_scale)
 
 
+@given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 6), st.sampled_from([1, 3, 32]), scales)
+@settings(max_examples=60)
+def test_blocks_become_the_integers_and_scales_of_the_reference(seed, m, n_blocks, block, scale):
+    w = normal(seed, m, n_blocks * block, scale=scale)
+    expected, expected_scale = quantize.quantize_weights_blocks(w, block)
+    w_q, w_scale = bitlinear.quantize_weights_blocks(torch.from_numpy(w), block)
+    np.testing.assert_array_equal(w_q.numpy(), expected)
+    np.testing.assert_array_equal(w_scale.numpy(), expected_scale)
+
+
+@given(st.integers(0, 2**32 - 1), shapes, scales)
+@settings(max_examples=60)
+def test_signs_are_those_of_the_reference(seed, shape, scale):
+    w = normal(seed, *shape, scale=scale)
+    w_q, w_scale = quantized_by_torch(bitlinear.quantize_weights_b1, w)
+    expected, expected_scale = quantize.quantize_weights_b1(w)
+    np.testing.assert_array_equal(w_q, expected)
+    assert w_scale == expected_scale
+
+
+@pytest.mark.parametrize("quantizer", bitlinear.QUANTIZERS)
+def test_every_quantiser_multiplies_what_it_dequantises_to(quantizer):
+    w, x, bias = normal(6, 20, 64, scale=0.02), normal(7, 5, 64), normal(8, 20)
+    if quantizer == "absmean-block":
+        w_q, scale = quantize.quantize_weights_blocks(w, 16)
+        scale = np.repeat(scale, 16, axis=1)
+    else:
+        w_q, scale = (quantize.quantize_weights if quantizer == "absmean" else quantize.quantize_weights_b1)(w)
+    w_hat = quantize.dequantize(w_q, scale).astype(np.float64)
+    x_hat = quantize.dequantize(*quantize.quantize_activations(x)).astype(np.float64)
+    made = bitlinear.BitLinear(64, 20, bias=True, quantizer=quantizer, block=16)
+    with torch.no_grad():
+        made.weight.copy_(torch.from_numpy(w))
+        made.bias.copy_(torch.from_numpy(bias))
+    x_in = torch.from_numpy(x).requires_grad_()
+    y = made(x_in)
+    # Sums of 64 products in float32: relative to the largest sum of magnitudes, a few units of 2**-24 each.
+    np.testing.assert_allclose(y.detach().numpy(), x_hat @ w_hat.T + bias, rtol=0, atol=64 * 2**-24 * 3)
+    y.sum().backward()
+    np.testing.assert_allclose(x_in.grad.numpy(), np.tile(w_hat.sum(0), (5, 1)), rtol=0, atol=64 * 2**-24)
+    np.testing.assert_allclose(made.weight.grad.numpy(), np.tile(x_hat.sum(0), (20, 1)), rtol=0, atol=64 * 2**-22)
+    assert (made.bias.grad == 5).all()
+
+
 def test_ties_round_to_even():
     """Mean 1, so the products are the weights: 0.5 becomes 0, not 1. Largest 127, so they are the activations."""
     w = np.array([[0.5, -0.5, 1.5, -1.5, 0.50000006, 1.49999994]], np.float32)

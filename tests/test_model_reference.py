@@ -427,6 +427,7 @@ QWEN = {
     "sliding_window": 4096,
     "max_window_layers": 2,
 }
+QWEN2 = {**QWEN, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "head_dim": None}
 BIT_LLM = {**LLAMA, "architectures": ["BitnetForCausalLM"], "input_bits": 8, "weight_bits": 1}
 del BIT_LLM["quantization_config"]
 SUB_NORM_NAMES = ("model.layers.0.self_attn.attn_sub_norm.weight",)
@@ -456,6 +457,10 @@ def test_presets_by_architecture():
     qwen = ModelConfig.from_hf(QWEN, SUB_NORM_NAMES, ternary=True)
     assert qwen.qk_norm and qwen.sub_norm and qwen.ternary and not qwen.sliding_layers
     assert qwen.norm_shapes()["model.layers.1.self_attn.attn_sub_norm.weight"] == (4 * 24,)
+
+    qwen2 = ModelConfig.from_hf(QWEN2)
+    assert qwen2.qkv_bias and not qwen2.qk_norm and qwen2.head_dim == qwen2.hidden // qwen2.heads
+    assert set(qwen2.bias_shapes()) <= set(qwen2.tensor_shapes()) and len(qwen2.bias_shapes()) == 3 * qwen2.layers
 
     gemma = ModelConfig.from_hf(GEMMA)
     assert gemma.sliding_layers == (0, 1, 3, 4, 6) and gemma.window(2) is None and gemma.window(3) == 128

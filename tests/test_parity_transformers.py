@@ -114,6 +114,12 @@ CASES = {
         "offline + SubLN",
         7,
     ),
+    "Qwen2 student": (
+        "Qwen2",
+        _sizes(64, 150, 2, 4, 2, 199) | {"tie_word_embeddings": True, "rope_parameters": _rope(1e6)},
+        "online + SubLN",
+        1,
+    ),
     "Qwen3 student": (
         "Qwen3",
         _sizes(56, 150, 2, 4, 2, 199) | {"head_dim": 34, "tie_word_embeddings": True, "rope_parameters": _rope(1e6)},
@@ -290,7 +296,7 @@ def _build(case, kind, keys, layers, seed):
             "weight_bits": 1,
         }
     if layers != "float":
-        online = {"linear_class": "autobitlinear", "quantization_mode": "online"} if layers == "online" else {}
+        online = {"linear_class": "autobitlinear", "quantization_mode": "online"} if layers.startswith("online") else {}
         description["quantization_config"] = {"quant_method": "bitnet", **online}
     if "SubLN" in layers:
         _insert_sub_norms(model, hf_config)
@@ -305,7 +311,7 @@ def _build(case, kind, keys, layers, seed):
         state = masters
     missing, unexpected = model.load_state_dict({k: torch.from_numpy(w) for k, w in state.items()}, strict=False)
     assert not unexpected
-    assert all("proj" in name or (config.tied_head and name == "lm_head.weight") for name in missing)
+    assert all(re.search(r"proj.*weight", name) or (config.tied_head and name == "lm_head.weight") for name in missing)
     return config, weights, model
 
 
@@ -332,14 +338,18 @@ def _replace_linears(model, weights, masters, layers):
             continue
         name = f"{path.removesuffix('.1')}.weight"
         w_q, w_scale = weights[name]
-        sizes = {"in_features": module.in_features, "out_features": module.out_features, "bias": False}
+        sizes = {
+            "in_features": module.in_features,
+            "out_features": module.out_features,
+            "bias": module.bias is not None,
+        }
         if layers == "packed":  # uint8, and weight_scale holds 1 / w_scale
             new = bitnet.BitLinear(**sizes, dtype=torch.float32)
             new.weight.copy_(bitnet.pack_weights(torch.from_numpy(w_q.astype(np.float32))))
             new.weight_scale.fill_(1 / float(w_scale))
         else:
-            new = bitnet.AutoBitLinear(**sizes, dtype=torch.float32, online_quant=layers == "online")
-            online = layers == "online"
+            online = layers.startswith("online")
+            new = bitnet.AutoBitLinear(**sizes, dtype=torch.float32, online_quant=online)
             new.weight.copy_(torch.from_numpy(masters[name] if online else w_q.astype(np.float32)))
             if not online:  # ternary values, and weight_scale multiplies
                 new.weight_scale.fill_(float(w_scale))

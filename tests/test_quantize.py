@@ -18,6 +18,7 @@ from bitnet_ref.reference.quantize import (
     quantize_activations_grad,
     quantize_weights,
     quantize_weights_b1,
+    quantize_weights_blocks,
     quantize_weights_grad,
     ternary_statistics,
 )
@@ -369,3 +370,25 @@ def test_dequantize():
         dequantize(q, 2)
     with pytest.raises(ValueError, match="broadcast"):
         dequantize(q, F32([1, 2, 3]))
+
+
+# --- weights: one scale for each block of columns ---------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 4), st.sampled_from([1, 2, 7]))
+def test_a_block_is_quantised_as_a_matrix_of_its_own(seed, m, n_blocks, block):
+    w = gaussian((m, n_blocks * block), seed)
+    w_q, w_scale = quantize_weights_blocks(w, block)
+    assert w_q.dtype == np.int8 and w_scale.shape == (m, n_blocks) and w_scale.dtype == F32
+    for i in range(m):
+        for j in range(n_blocks):
+            part = slice(j * block, (j + 1) * block)
+            expected, expected_scale = quantize_weights(w[i : i + 1, part])
+            np.testing.assert_array_equal(w_q[i, part], expected[0])
+            assert w_scale[i, j] == expected_scale
+
+
+@pytest.mark.parametrize("block", [0, -1, 3, 5])
+def test_blocks_divide_the_columns(block):
+    with pytest.raises(ValueError, match=f"block must be a positive divisor of K, got block {block} and K = 4"):
+        quantize_weights_blocks(gaussian((2, 4)), block)

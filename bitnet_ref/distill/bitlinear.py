@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MAX_EXACT_INPUTS", "BitLinear", "quantize_activations", "quantize_weights"]
+__all__ = [
+    "MAX_EXACT_INPUTS",
+    "QUANTIZERS",
+    "BitLinear",
+    "quantize_activations",
+    "quantize_weights",
+    "quantize_weights_b1",
+    "quantize_weights_blocks",
+]
 
 SCALE_CLAMP = 1e-5  # released code of [2B4T], as bitnet_ref.reference.quantize.SCALE_CLAMP
 
@@ -41,6 +49,45 @@ def quantize_weights(w: Tensor) -> tuple[Tensor, Tensor]:
     return (w * (1 / w_scale)).round_().clamp_(-1, 1), w_scale
 
 
+def quantize_weights_b1(w: Tensor) -> tuple[Tensor, Tensor]:
+    """One-bit weights and their scale; see :func:`bitnet_ref.reference.quantize.quantize_weights_b1`.
+
+    Parameters
+    ----------
+    w : tensor of shape (M, K), float32
+
+    Returns
+    -------
+    w_q : tensor of shape (M, K), float32, values -1 and 1
+    w_scale : tensor of shape (), float32
+    """
+    centre = w.mean(dtype=torch.float64).to(torch.float32)
+    return torch.where(w > centre, 1.0, -1.0), w.abs().mean(dtype=torch.float64).to(torch.float32)
+
+
+def quantize_weights_blocks(w: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Ternary weights with a scale for each run of `block` columns of a row; see the reference's function of this name.
+
+    Parameters
+    ----------
+    w : tensor of shape (M, K), float32
+    block : int
+        It divides K.
+
+    Returns
+    -------
+    w_q : tensor of shape (M, K), float32, values -1, 0 and 1
+    w_scale : tensor of shape (M, K / block), float32
+    """
+    blocks = w.unflatten(1, (-1, block))  # (M, K / block, block)
+    w_scale = blocks.abs().mean(-1, keepdim=True, dtype=torch.float64).to(torch.float32).clamp(min=SCALE_CLAMP)
+    return (blocks * (1 / w_scale)).round_().clamp_(-1, 1).flatten(1), w_scale[..., 0]
+
+
+QUANTIZERS = ("absmean", "b1", "absmean-block")
+"""Of weights: ternary, one scale (b1.58); signs, one scale (b1); ternary, a scale for each block of columns."""
+
+
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """Int8 activations, as floats, and their scales, per token (last axis), by absmax rounding.
 
@@ -64,7 +111,7 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x * torch.div(levels, limit)).round_(), torch.div(limit, levels)
 
 
-class _TernaryMatmul(torch.autograd.Function):
+class _QuantizedMatmul(torch.autograd.Function):
     """``x @ w.T`` of the quantised operands, with the gradients of the straight-through estimator.
 
     With X = x_scale * x_q and W = w_scale * w_q the gradients are those of ``X @ W.T`` by X and W, passed on to x and w
@@ -72,60 +119,81 @@ class _TernaryMatmul(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, quantizer: str, block: int) -> Tensor:
         # Integers up to 127 are exact in bfloat16, so autocast changes the precision of sums and gradients only.
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else torch.float32
         with torch.autocast(x.device.type, enabled=False):
             x_q, x_scale = quantize_activations(x.float())
-            w_q, w_scale = quantize_weights(w)
+            if quantizer == "absmean-block":
+                w_q, w_scales = quantize_weights_blocks(w, block)
+                # The scales go into the operand: with several of them there is no integer sum to keep exact.
+                w_q, w_scale = w_q * w_scales.repeat_interleave(block, 1), torch.ones((), device=w.device)
+            else:
+                w_q, w_scale = (quantize_weights if quantizer == "absmean" else quantize_weights_b1)(w)
             x_q, w_q = x_q.to(dtype), w_q.to(dtype)
             ctx.save_for_backward(x_q, x_scale, w_q, w_scale)
             return (x_q @ w_q.T).float() * (x_scale * w_scale)  # (..., K) @ (K, M) -> (..., M)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x_q, x_scale, w_q, w_scale = ctx.saved_tensors
         dtype = x_q.dtype
         with torch.autocast(grad.device.type, enabled=False):
             grad_x = (grad.to(dtype) @ w_q).float() * w_scale  # (..., M) @ (M, K) -> (..., K)
             scaled = (grad * x_scale).to(dtype).flatten(0, -2)  # (T, M)
             grad_w = (scaled.T @ x_q.flatten(0, -2)).float()  # (M, T) @ (T, K) -> (M, K)
-        return grad_x, grad_w
+        return grad_x, grad_w, None, None
 
 
 class BitLinear(nn.Module):
-    """Linear layer without bias whose weight is made ternary, and whose input int8, each time it runs.
+    """Linear layer whose weight is made ternary, and whose input int8, each time it runs.
 
     Parameters
     ----------
     in_features, out_features : int
         K and M.
+    bias : bool
+        Add a float32 vector of length M to the output, which is not quantised, as Qwen2 does in queries, keys, values.
+    quantizer : str
+        One of :data:`QUANTIZERS`.
+    block : int
+        Columns that share a scale with ``absmean-block``.
 
     Attributes
     ----------
     weight : parameter of shape (M, K), float32
         The master weight that training moves; initialised by the owner of the layer.
+    bias : parameter of shape (M,), float32, or None
 
     Raises
     ------
     ValueError
-        If K is not in 1..MAX_EXACT_INPUTS, or M is not positive.
+        If K is not in 1..MAX_EXACT_INPUTS, M is not positive, the quantiser is unknown, or block does not divide K.
 
     Notes
     -----
     Under ``torch.autocast`` the products are made in its type, with their sum rounded to it: for training. Outside it
-    the sums are exact.
+    the sums are exact, but for ``absmean-block``.
     """
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = False, quantizer: str = "absmean", block: int = 256
+    ) -> None:
         super().__init__()
         if not 1 <= in_features <= MAX_EXACT_INPUTS or out_features < 1:
             raise ValueError(
                 f"a layer needs 1 to {MAX_EXACT_INPUTS} inputs and at least 1 output, got {in_features} and "
                 f"{out_features}"
             )
+        if quantizer not in QUANTIZERS:
+            raise ValueError(f"the quantiser must be one of {', '.join(QUANTIZERS)}, got {quantizer!r}")
+        if quantizer == "absmean-block" and (block < 1 or in_features % block):
+            raise ValueError(f"block must be a positive divisor of K, got block {block} and K = {in_features}")
+        self.quantizer, self.block = quantizer, block
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Output of shape (..., M), float32, for x of shape (..., K)."""
-        return _TernaryMatmul.apply(x, self.weight)
+        y = _QuantizedMatmul.apply(x, self.weight, self.quantizer, self.block)
+        return y if self.bias is None else y + self.bias

@@ -5,7 +5,8 @@
 >>> ternarise(student)
 >>> save_student(student, "student", ternary=True)
 
-The folder opens in :mod:`bitnet_ref.formats` and runs on the kernels. Families: Llama (SmolLM2), Qwen3, Gemma 3 (text).
+The folder opens in :mod:`bitnet_ref.formats` and runs on the kernels. Families: Llama (SmolLM2), Qwen2, Qwen3,
+Gemma 3 (text).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from bitnet_ref.distill.bitlinear import BitLinear
 
 __all__ = ["PLACEMENTS", "NormedLinear", "Relations", "capture_qkv", "insert_subln", "save_student", "ternarise"]
 
-FAMILIES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM")
+FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM")
 
 _LINEARS = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
@@ -102,14 +103,16 @@ def insert_subln(model: nn.Module, where: str = "output-projections") -> list[st
     return found
 
 
-def ternarise(model: nn.Module) -> list[str]:
+def ternarise(model: nn.Module, quantizer: str = "absmean", block: int = 256) -> list[str]:
     """Make every linear layer of the blocks a :class:`BitLinear` with the same master weight, in place.
 
-    Embedding and head stay in full precision, as in [2B4T] and [BitDistill].
+    Embedding and head stay in full precision, as in [2B4T] and [BitDistill], and so do the biases of Qwen2.
 
     Parameters
     ----------
     model : Module
+    quantizer, block
+        Of :class:`BitLinear`.
 
     Returns
     -------
@@ -119,19 +122,22 @@ def ternarise(model: nn.Module) -> list[str]:
     Raises
     ------
     ValueError
-        If the family is unknown, or a layer has a bias.
+        If the family is unknown, or a layer has a bias in a family without, or as :class:`BitLinear`.
     """
     _check_family(model)
     found = []
-    for name, block, path in _linears(model, _LINEARS):
-        layer = block.get_submodule(path)
+    for name, parent, path in _linears(model, _LINEARS):
+        layer = parent.get_submodule(path)
         inner = f"{path}.linear" if isinstance(layer, NormedLinear) else path
-        linear = block.get_submodule(inner)
-        if getattr(linear, "bias", None) is not None:
-            raise ValueError(f"a ternary layer has no bias, {name} has one")
-        ternary = BitLinear(linear.in_features, linear.out_features)
+        linear = parent.get_submodule(inner)
+        has_bias = getattr(linear, "bias", None) is not None
+        if has_bias and type(model).__name__ != "Qwen2ForCausalLM":
+            raise ValueError(f"a ternary layer has no bias in this family, {name} has one")
+        ternary = BitLinear(linear.in_features, linear.out_features, has_bias, quantizer, block)
         ternary.weight = nn.Parameter(linear.weight.detach().float())
-        block.set_submodule(inner, ternary)
+        if has_bias:
+            ternary.bias = nn.Parameter(linear.bias.detach().float())
+        parent.set_submodule(inner, ternary)
         found.append(name)
     return found
 
@@ -149,12 +155,16 @@ def save_student(model: nn.Module, folder: str | Path, *, ternary: bool) -> None
     Raises
     ------
     ValueError
-        If `ternary` is not what the layers are, or SubLN is before other layers than the two that checkpoints know.
+        If `ternary` is not what the layers are, or SubLN is before other layers than the two that checkpoints know, or
+        the quantiser is not the one that files are opened with.
     """
     _check_family(model)
     kinds = {isinstance(module, BitLinear) for name, module in model.named_modules() if _is_linear(name, module)}
     if kinds != {ternary}:
         raise ValueError(f"ternary={ternary} must say what all linear layers of the blocks are, and it does not")
+    others = {m.quantizer for m in model.modules() if isinstance(m, BitLinear)} - {"absmean"}
+    if others:
+        raise ValueError(f"opening a checkpoint makes it ternary by absmean, one scale a matrix, got {others}")
     tensors = {}
     for name, value in model.state_dict().items():
         for ours, theirs in _CHECKPOINT_NAMES.items():

@@ -69,6 +69,8 @@ class ModelConfig:
         SubLN: a norm before ``o_proj`` and one before ``down_proj``.
     qk_norm : bool
         A norm over each head of q and of k, before the rotation.
+    qkv_bias : bool
+        Qwen2: a float vector is added to queries, keys and values, also where the matrices are ternary.
     post_norms : bool
         Gemma 3: a norm also *after* attention and after the feed-forward network, before the residual is added.
     norm_offset : float
@@ -110,6 +112,7 @@ class ModelConfig:
     ternary: bool = True
     sub_norm: bool = False
     qk_norm: bool = False
+    qkv_bias: bool = False
     post_norms: bool = False
     norm_offset: float = 0.0
     embedding_scale: float = 1.0
@@ -180,11 +183,20 @@ class ModelConfig:
         shapes = {f"model.layers.{i}.{n}.weight": (width,) for i in range(self.layers) for n, width in block.items()}
         return {**shapes, "model.norm.weight": (self.hidden,)}
 
+    def bias_shapes(self) -> dict[str, tuple[int]]:
+        """Name -> (M,) of every bias; none but with `qkv_bias`."""
+        suffixes = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
+        return {
+            name.removesuffix("weight") + "bias": (m,)
+            for name, (m, _) in self.linear_shapes().items()
+            if self.qkv_bias and name.endswith(suffixes)
+        }
+
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every tensor that the network needs: embedding, matrices, norms and an untied head."""
+        """Name -> shape of every tensor that the network needs: embedding, matrices, biases, norms, an untied head."""
         head = {} if self.tied_head else {"lm_head.weight": (self.vocabulary, self.hidden)}
         embedding = {"model.embed_tokens.weight": (self.vocabulary, self.hidden)}
-        return {**embedding, **self.linear_shapes(), **self.norm_shapes(), **head}
+        return {**embedding, **self.linear_shapes(), **self.bias_shapes(), **self.norm_shapes(), **head}
 
     def check_names(self, names: Iterable[str]) -> None:
         """Refuse a checkpoint that lacks a tensor of this network or has one that it would not use.
@@ -223,7 +235,7 @@ class ModelConfig:
         config : mapping
             The parsed JSON. Not modified.
         tensor_names : iterable of str, optional
-            Names in the checkpoint. No published config says whether a Llama, Qwen3 or Gemma 3 has SubLN; its tensors
+            Names in the checkpoint. No published config says whether a Llama, Qwen or Gemma 3 has SubLN; its tensors
             do. The BitNet architectures have it always.
         ternary : bool, optional
             For checkpoints without ``quantization_config`` (master weights). Without it such a checkpoint is ternary if
@@ -278,13 +290,14 @@ class ModelConfig:
             "ternary": _ternary(keys, read, ternary, sub_norm),
             "sub_norm": sub_norm,
             "qk_norm": read.qk_norm,
+            "qkv_bias": read.qkv_bias,
         }
         fields |= keys.gemma3(layers) if read.gemma else keys.rope()
         if architecture == "BitnetForCausalLM":
             # 1bitLLM's two bit widths; "weight_bits": 1 means ternary in its code.
             keys.must_be("input_bits", 8)
             keys.must_be("weight_bits", 1)
-        if architecture == "Qwen3ForCausalLM":
+        if architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
             keys.must_be("use_sliding_window", False)
             keys.skip("sliding_window", "max_window_layers")  # have no effect without use_sliding_window
             if any(kind != "full_attention" for kind in keys.get("layer_types") or ()):
@@ -305,6 +318,7 @@ class _Architecture:
     model_types: tuple[str, ...]
     bitnet: bool = False  # ternary and with SubLN by definition
     qk_norm: bool = False
+    qkv_bias: bool = False
     gemma: bool = False
     derives_head_dim: bool = True
     tied_by_default: bool = False
@@ -320,6 +334,7 @@ ARCHITECTURES: Mapping[str, _Architecture] = MappingProxyType(
         # 1bitLLM's reproductions of [B158]; they call themselves "llama" although a Llama has no inner norms.
         "BitnetForCausalLM": _Architecture(("llama", "bitnet"), bitnet=True),
         "LlamaForCausalLM": _Architecture(("llama",)),  # Llama3-8B-1.58, Falcon3-1.58bit, Falcon-E, SmolLM2
+        "Qwen2ForCausalLM": _Architecture(("qwen2",), qkv_bias=True),  # Qwen2 and Qwen2.5
         "Qwen3ForCausalLM": _Architecture(("qwen3",), qk_norm=True, derives_head_dim=False),
         "Gemma3ForCausalLM": _Architecture(
             ("gemma3_text",), qk_norm=True, gemma=True, derives_head_dim=False, tied_by_default=True

@@ -213,7 +213,10 @@ def _block(
             raise ValueError(
                 f"{name} must be ternary in this network, see ternary_weights(), got an array of {weight.dtype}"
             )
-        return note(tensor.partition(".")[2], linear(a, weight))
+        y = linear(a, weight)
+        if config.qkv_bias and tensor.endswith(("q_proj", "k_proj", "v_proj")):
+            y = y + weights[f"model.layers.{i}.{tensor}.bias"]
+        return note(tensor.partition(".")[2], y)
 
     t = len(x)
     # Attention half
@@ -289,16 +292,18 @@ def generate_greedy(
 def random_weights(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
     """float32 tensors of every name in ``config.tensor_shapes()``, drawn so that activations stay of order 1.
 
-    Matrices and an untied head are normal with variance 1/K, norm weights normal around 1 (less the offset) with
-    standard deviation 0.1. The embedding has standard deviation 0.1 after its scale, so that the blocks outweigh it in
-    the residual stream; otherwise a tied head would mostly repeat the last token.
+    Matrices and an untied head are normal with variance 1/K, norm weights normal around 1 (less the offset) and biases
+    around 0 with standard deviation 0.1. The embedding has standard deviation 0.1 after its scale, so that the blocks
+    outweigh it in the residual stream; otherwise a tied head would mostly repeat the last token.
     """
     rng = np.random.default_rng(seed)
     weights = {}
     for name, shape in config.tensor_shapes().items():
         w = rng.standard_normal(shape, np.float32)
         if len(shape) == 1:
-            w = np.float32(1 - config.norm_offset) + np.float32(0.1) * w
+            w *= np.float32(0.1)
+            if not name.endswith(".bias"):
+                w += np.float32(1 - config.norm_offset)
         elif name == "model.embed_tokens.weight":
             w *= np.float32(0.1 / config.embedding_scale)
         else:

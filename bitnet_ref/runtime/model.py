@@ -165,7 +165,7 @@ class Model:
         """A model of random weights, made tensor by tensor: beside itself it needs the memory of one matrix.
 
         Ternary weights are -1, 0, 1 alike often, scaled so that a layer keeps the size of its input; the tables are
-        normal, drawn in pieces of some MiB; norms are 1.
+        normal, drawn in pieces of some MiB; norms are 1, biases 0.
 
         Parameters
         ----------
@@ -182,7 +182,7 @@ class Model:
         weights: dict[str, Any] = {}
         for name, shape in config.tensor_shapes().items():
             if len(shape) == 1:
-                weights[name] = np.full(shape, 1 - config.norm_offset, np.float32)
+                weights[name] = np.full(shape, 0 if name.endswith(".bias") else 1 - config.norm_offset, np.float32)
             elif name in (EMBEDDING, HEAD):
                 scale = np.float32(shape[1] ** -0.5)
                 pieces = []

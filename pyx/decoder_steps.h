@@ -36,6 +36,10 @@ typedef struct {
 
 #ifdef DECODER_STEPS_LOOPS
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 /* Vectors as wide as the registers; sixteen float lanes and eight double lanes are NF and ND of them. */
 #if defined(__AVX512F__)
 #define WIDTH 64
@@ -413,10 +417,64 @@ STEP_INLINE void head_of_type(const uint8_t *w, ptrdiff_t row_bytes, ptrdiff_t r
     }
 }
 
+#if defined(__AVX2__)
+
+/* As many int8 as a vector has floats, widened; of the vector conversion compilers make one byte at a time. */
+STEP_INLINE vec_f32 int8_to_float(const uint8_t *q) {
+#if defined(__AVX512F__)
+    return (vec_f32)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)q)));
+#else
+    return (vec_f32)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)q)));
+#endif
+}
+
+/* One token and Q8_0, the head of a decode step: as head_of_type, lane for lane, but weights go from the bytes to the sums in
+ * registers. Four rows share x and are four chains of additions, which alone would wait for each other. */
+STEP_INLINE void head_of_one_token_q8_0(const uint8_t *w, ptrdiff_t row_bytes, ptrdiff_t rows, const float *x, ptrdiff_t k,
+                                        float *out) {
+    for (ptrdiff_t first = 0; first < rows; first += 4) {
+        const ptrdiff_t count = rows - first < 4 ? rows - first : 4;
+        const uint8_t *row[4];
+        for (ptrdiff_t r = 0; r < 4; r++) /* a missing row repeats the last; its sum is not stored */
+            row[r] = w + (first + (r < count ? r : count - 1)) * row_bytes;
+        vec_f32 sum[4][NF];
+        memset(sum, 0, sizeof(sum));
+        for (ptrdiff_t i = 0; i < k; i += 32) {
+            const ptrdiff_t at = i / 32 * 34;
+            /* Two groups of four rows ahead, at the same place: every line of them is asked for at least once. */
+            for (int r = 0; r < 4; r++) __builtin_prefetch(row[r] + 8 * row_bytes + at);
+            for (int r = 0; r < 4; r++) {
+                uint16_t bits;
+                memcpy(&bits, row[r] + at, 2);
+#if defined(__AVX512VL__)
+                const float d = _mm_cvtss_f32(_mm_maskz_cvtph_ps(1, _mm_cvtsi32_si128(bits)));
+#else
+                const float d = half_to_float(bits);
+#endif
+                for (int part = 0; part < 2; part++)
+                    for (int v = 0; v < NF; v++) {
+                        vec_f32 a;
+                        memcpy(&a, x + i + 16 * part + v * (WIDTH / 4), WIDTH);
+                        sum[r][v] += int8_to_float(row[r] + at + 2 + 16 * part + v * (WIDTH / 4)) * d * a;
+                    }
+            }
+        }
+        for (ptrdiff_t r = 0; r < count; r++) out[first + r] = sum_lanes_f32(sum[r]);
+    }
+}
+
+#endif
+
 static void step_head(const uint8_t *w, ptrdiff_t row_bytes, ptrdiff_t rows, const float *x, ptrdiff_t x_stride,
                       ptrdiff_t tokens, ptrdiff_t k, float *out, ptrdiff_t out_stride, int type) {
 #define CASE(TYPE)                                                                                                    \
     case TYPE: head_of_type(w, row_bytes, rows, x, x_stride, tokens, k, out, out_stride, TYPE); break;
+#if defined(__AVX2__)
+    if (tokens == 1 && type == TABLE_Q8_0) {
+        head_of_one_token_q8_0(w, row_bytes, rows, x, k, out);
+        return;
+    }
+#endif
     switch (type) {
         CASE(TABLE_F32)
         CASE(TABLE_F16)

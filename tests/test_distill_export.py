@@ -1,0 +1,75 @@
+"""A student's files, and the kernels' answers beside PyTorch's."""
+
+import numpy as np
+import pytest
+
+from bitnet_ref.formats.answers import read_answers, write_answers
+from bitnet_ref.runtime import classify
+from bitnet_ref.runtime.load import load
+
+torch = pytest.importorskip("torch", reason="training needs the extra [distill]: no torch here")
+transformers = pytest.importorskip("transformers", reason="training needs the extra [distill]: no transformers here")
+
+from test_distill_student import build  # noqa: E402
+
+from bitnet_ref.distill import export, student  # noqa: E402  (it imports torch)
+
+PROMPTS = [np.random.default_rng(i).integers(0, 101, 1 + 3 * i).tolist() for i in range(20)]
+LABELS = ([3, 50, 7], ["a", "b", "c"], [i % 3 for i in range(20)])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("student")
+    model = build("Llama", hidden_size=256, intermediate_size=512, head_dim=64, num_hidden_layers=2)
+    student.insert_subln(model)
+    student.ternarise(model)
+    export.round_tables(model)
+    student.save_student(model, folder / "student", ternary=True)
+    write_answers(export.answer(model, PROMPTS, *LABELS), folder / "answers")
+    return folder, model, export.export_student(folder / "student", folder / "out")
+
+
+@pytest.mark.parametrize("form", export.FORMS)
+@pytest.mark.parametrize("scheme", ["i2", "base3", "tl2"])
+def test_kernels_answer_as_pytorch_does(made, form, scheme):
+    folder, _, reports = made
+    expected = read_answers(folder / "answers")
+    if isinstance(reports[form], str):  # llama.cpp has no such network, and the sentence says so
+        assert form.startswith("gguf") and not (folder / "out" / export.FORMS[form]).exists()
+        return
+    model = load(folder / "out" / export.FORMS[form], scheme=scheme, head="f32", n_threads=1)
+    agreement = classify.compare_answers(expected, classify.answer(model, expected))
+    assert agreement.same_predictions == 20
+    # float32 rounding, and seldom an activation at a tie (docs/model.md).
+    assert agreement.largest_difference < 1e-2 and agreement.median_difference < 1e-3
+
+
+def test_tables_beyond_float16_are_refused():
+    model = build("Llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3, 4] = 1e5
+    with pytest.raises(ValueError, match="the embedding must fit float16, its largest magnitude is 100000"):
+        export.round_tables(model)
+
+
+def test_answers_do_not_depend_on_the_batch(made):
+    _, model, _ = made
+    model.train()
+    one = export.answer(model, PROMPTS, *LABELS, batch_size=1)
+    many = export.answer(model, PROMPTS, *LABELS, batch_size=16)
+    assert model.training
+    np.testing.assert_allclose(one.logits, many.logits, rtol=0, atol=1e-3 * np.ptp(one.logits))
+    np.testing.assert_array_equal(one.predicted, many.predicted)
+
+
+def test_what_gguf_cannot_hold_is_said(tmp_path):
+    model = build("Qwen3")
+    student.insert_subln(model)
+    student.ternarise(model)
+    student.save_student(model, tmp_path / "student", ternary=True)
+    reports = export.export_student(tmp_path / "student", tmp_path / "out", ["packed", "gguf-tq2_0"])
+    assert reports["packed"].n_ternary == 21 and isinstance(reports["gguf-tq2_0"], str)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["student.safetensors"]
+    with pytest.raises(ValueError, match="exported to packed, hf-packed, gguf-tq2_0, got 'onnx'"):
+        export.export_student(tmp_path / "student", tmp_path / "out", ["onnx"])

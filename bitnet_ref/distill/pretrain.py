@@ -28,16 +28,16 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 
 from bitnet_ref.distill.small_model import SmallModel, hf_config, save_model
+from bitnet_ref.distill.text import END_OF_TEXT, train_tokenizer
 from bitnet_ref.reference.config import ModelConfig
 
-__all__ = ["BOS", "clean_text", "evaluate", "learning_rate", "main", "split", "train", "train_tokenizer", "windows"]
+__all__ = ["BOS", "clean_text", "evaluate", "learning_rate", "main", "split", "train", "windows"]
 
-BOS = "<|endoftext|>"
-"""Token 0; stands before every chapter, so a model asked to go on from it alone begins one."""
+BOS = END_OF_TEXT
+"""Stands before every chapter, so a model asked to go on from it alone begins one."""
 
 _CHAPTER = re.compile(r"\n(?=(?:CHAPTER|Chapter) [\dIVXL]+\b)")
 _PLAIN = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "—": "--", "\r": None})
@@ -59,29 +59,6 @@ def split(text: str, held_out: float) -> tuple[str, str]:
     """The first and the last part of a cleaned text, cut at the end of a paragraph."""
     at = text.index("\n", int(len(text) * (1 - held_out))) + 1
     return text[:at], text[at:]
-
-
-def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Tokenizer:
-    """Byte-level BPE with GPT-2's pre-tokenizer and :data:`BOS` as token 0.
-
-    Raises
-    ------
-    ValueError
-        If the texts do not yield so many tokens.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[BOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    if tokenizer.get_vocab_size() != vocabulary:
-        raise ValueError(f"the texts must yield {vocabulary} tokens, got {tokenizer.get_vocab_size()}")
-    return tokenizer
 
 
 def windows(tokens: np.ndarray, seed: int, step: int, batch: int, context: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ SOURCES := $(shell find bitnet_ref pyx templates paper_figures -type f -not -nam
            meson.build meson.options pyproject.toml README.md
 
 .DEFAULT_GOAL := help
-.PHONY: help setup paper quick test test-random test-torch test-peers test-llama3 parity fuzz lint sanitize notebook jupyter clean
+.PHONY: help setup paper quick test test-random test-torch test-peers test-llama3 parity fuzz lint sanitize counts notebook jupyter clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -56,6 +56,9 @@ test-llama3: setup  ## compare tokenizers with llama.cpp's golden vectors (downl
 	  --no-binary llama-cpp-python --dest build/llama3 llama-cpp-python==0.3.36
 	tar -xzf build/llama3/llama_cpp_python-*.tar.gz -C build/llama3 --strip-components 4 --wildcards '*/vendor/llama.cpp/models/ggml-vocab-*'
 	BITNET_REF_LLAMA3=build/llama3 $(BIN)/pytest -s tests/test_tokenizer.py -k golden
+
+counts: setup  ## count the instructions of every kernel again and keep the figures that the tests compare with
+	$(BIN)/python -P tests/instruction_counts.py
 
 fuzz: setup  ## feed mutated files to the readers and converters for ten minutes
 	$(BIN)/python -P tests/fuzz.py --seconds 600 --seed $${SEED:-0}

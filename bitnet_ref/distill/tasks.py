@@ -439,6 +439,8 @@ class Batches:
         Examples with a text that was cut to fit.
     n_tokens : int
         Of all examples.
+    rows : list of (input_ids, labels)
+        Of each example, not padded.
     """
 
     def __init__(
@@ -448,10 +450,10 @@ class Batches:
             raise ValueError(f"a batch must have at least 1 example, got {batch_size}")
         if len(examples) < batch_size:
             raise ValueError(f"there must be at least {batch_size} examples for a batch, got {len(examples)}")
-        self._rows, self.truncated = _encode_all(task, tokenizer, examples)
+        self.rows, self.truncated = _encode_all(task, tokenizer, examples)
         self._size, self._seed, self._multiple = batch_size, seed, multiple
-        self.per_epoch = len(self._rows) // batch_size
-        self._lengths = np.array([len(ids) for ids, _ in self._rows])
+        self.per_epoch = len(self.rows) // batch_size
+        self._lengths = np.array([len(ids) for ids, _ in self.rows])
         self.n_tokens = int(self._lengths.sum())
         self._order: tuple[int, np.ndarray] = (-1, np.empty((0, 0), np.int64))
 
@@ -464,11 +466,11 @@ class Batches:
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """The batch of a step, from 0: see :func:`collate`."""
-        return collate([self._rows[i] for i in self.indices(step)], multiple=self._multiple)
+        return collate([self.rows[i] for i in self.indices(step)], multiple=self._multiple)
 
     def _epoch(self, epoch: int) -> np.ndarray:
         """Shape (per_epoch, batch_size): like lengths together, batches of all lengths mixed."""
-        order = permutation(len(self._rows), self._seed, epoch, 0)[: self.per_epoch * self._size]
+        order = permutation(len(self.rows), self._seed, epoch, 0)[: self.per_epoch * self._size]
         bucket = self._size * _BUCKET
         parts = (order[i : i + bucket] for i in range(0, len(order), bucket))
         by_length = np.concatenate([part[np.argsort(self._lengths[part], kind="stable")] for part in parts])

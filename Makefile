@@ -37,7 +37,8 @@ test-torch: setup  ## run the tests that need PyTorch: parity with transformers,
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 'transformers>=5,<6' 'accelerate>=1' \
 	  'pyarrow>=15' 'rouge-score>=0.1.2' 'sacrebleu>=2.4'
 	$(BIN)/pytest tests/test_parity_transformers.py tests/test_formats_layouts.py tests/test_formats_convert.py tests/test_chat.py \
-	  tests/test_distill_bitlinear.py tests/test_distill_data.py tests/test_distill_losses.py tests/test_distill_student.py tests/test_distill_export.py \
+	  tests/test_distill_bitlinear.py tests/test_distill_data.py tests/test_distill_losses.py tests/test_distill_student.py \
+	  tests/test_distill_export.py tests/test_distill_teacher_cache.py \
 	  tests/test_small_model.py tests/test_trace.py
 
 parity: setup  ## compare with transformers again and keep the errors for the report (installs PyTorch)

@@ -18,6 +18,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 V, TAU = 60, 5.0
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors here are too small to share."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Scored(torch.nn.Module):
     """A model that gives logits at some positions."""
 

@@ -304,10 +304,13 @@ def one_thread(torch):
 
 
 @pytest.mark.parametrize("full_precision", [False, True])
-def test_a_resumed_run_ends_in_the_same_bits(torch, one_thread, tmp_path, monkeypatch, full_precision):
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_resumed_run_ends_in_the_same_bits(torch, one_thread, tmp_path, monkeypatch, full_precision, muon):
     from bitnet_ref.distill import pretrain
 
-    whole = run(torch, tmp_path / "a", CONFIG, full_precision=full_precision)
+    training = CONFIG["training"] | ({"muon_learning_rates": [0.02, 0.01]} if muon else {})
+    config = CONFIG | {"training": training}
+    whole = run(torch, tmp_path / "a", config, full_precision=full_precision)
 
     class Stopped(Exception):
         pass
@@ -321,9 +324,9 @@ def test_a_resumed_run_ends_in_the_same_bits(torch, one_thread, tmp_path, monkey
 
     monkeypatch.setattr(pretrain, "windows", stop_at_5)
     with pytest.raises(Stopped):
-        run(torch, tmp_path / "b", CONFIG, full_precision=full_precision)
+        run(torch, tmp_path / "b", config, full_precision=full_precision)
     monkeypatch.setattr(pretrain, "windows", windows)
-    resumed = run(torch, tmp_path / "b", CONFIG, full_precision=full_precision)
+    resumed = run(torch, tmp_path / "b", config, full_precision=full_precision)
     assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
     rows = [json.loads(line) for line in (resumed / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row.get("event") == "start"] == [0, 4]

@@ -5,9 +5,12 @@ windows, steps and network, with plain linear layers. The output folder holds ``
 checkpoint to go on from, and ``config.json`` with ``model.safetensors`` in the form of ``transformers``.
 
 Learning rate and weight decay come in two stages, as in the "Training Tips, Code, FAQ" of [B158]: warm-up, then
-``peak * (1 - step / steps)``, with the second peak and no decay of weights from half-way on. A run that is interrupted
-and started again ends in the same bits. It may be given another number of steps then, which changes the schedule from
-there on; every start is a line of the metrics.
+``peak * (1 - step / steps)``, with the second peak and no decay of weights from half-way on. AdamW moves all weights,
+unless the configuration has ``muon_learning_rates``: with these peaks and that schedule ``torch.optim.Muon`` then moves
+the matrices of the layers.
+
+A run that is interrupted and started again ends in the same bits. It may be given another number of steps then, which
+changes the schedule from there on; every start is a line of the metrics.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import os
 import re
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +73,10 @@ def windows(tokens: np.ndarray, seed: int, step: int, batch: int, context: int) 
     return torch.from_numpy(np.stack([tokens[i : i + context + 1] for i in starts]).astype(np.int64))
 
 
-def learning_rate(step: int, training: Mapping[str, Any]) -> float:
-    """Of step 0..steps-1; see the module's docstring."""
+def learning_rate(step: int, training: Mapping[str, Any], peaks: str = "learning_rates") -> float:
+    """Of step 0..steps-1; see the module's docstring. `peaks` is the key of the two peaks."""
     steps = training["steps"]
-    peak = training["learning_rates"][_stage(step, steps)]
+    peak = training[peaks][_stage(step, steps)]
     return peak * min(1.0, (step + 1) / training["warm_up"]) * (1 - step / steps)
 
 
@@ -167,13 +170,9 @@ def train(config: Mapping[str, Any], texts: Path, out: Path, *, full_precision: 
     model = SmallModel(ModelConfig.from_hf(network, ternary=not full_precision))
     training = config["training"]
     model.init_weights(training["seed"])
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], betas=tuple(training["betas"]), fused=True
-    )
+    optimizers = _optimizers(model, training)
     state_file = out / "checkpoint.safetensors"
-    step, seconds = _restore(state_file, model, optimizer, identity) if state_file.exists() else (0, 0.0)
+    step, seconds = _restore(state_file, model, optimizers, identity) if state_file.exists() else (0, 0.0)
     losses: list[float] = []  # since the last line of metrics
     clock = time.perf_counter()
     with (out / "metrics.jsonl").open("a") as metrics:
@@ -191,36 +190,50 @@ def train(config: Mapping[str, Any], texts: Path, out: Path, *, full_precision: 
             torch=torch.__version__,
         )
         while step < training["steps"]:
-            rate = learning_rate(step, training)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.param_groups[0]["weight_decay"] = training["weight_decays"][_stage(step, training["steps"])]
+            for optimizer, peaks in optimizers.items():
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, training, peaks)
+                # The first group is that of matrices; norms are not drawn to zero.
+                optimizer.param_groups[0]["weight_decay"] = training["weight_decays"][_stage(step, training["steps"])]
             batch = windows(tokens, training["seed"], step, training["batch"], model.config.context)
             with torch.autocast("cpu", torch.bfloat16):
                 logits = model(batch[:, :-1])
             loss = functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), training["clip"])
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
             step += 1
             losses.append(loss.item())
             if step % training["log_every"] == 0:
                 now = seconds + time.perf_counter() - clock
+                rate = learning_rate(step - 1, training)
                 log(step=step, loss=sum(losses) / len(losses), learning_rate=rate, seconds=round(now, 2))
                 losses.clear()
             if step % training["save_every"] == 0 or step == training["steps"]:
-                _save(state_file, model, optimizer, identity, step, seconds + time.perf_counter() - clock)
+                _save(state_file, model, optimizers, identity, step, seconds + time.perf_counter() - clock)
                 save_model(model, network, out)
         model.eval()
         for name, (ids, n_bytes) in zip(config["data"]["texts"], held, strict=True):
             log(event="held out", step=step, text=name, bytes=n_bytes, **evaluate(model, ids, n_bytes))
 
 
+def _optimizers(model: SmallModel, training: Mapping[str, Any]) -> dict[torch.optim.Optimizer, str]:
+    """Each with the key of its learning rates; its first group holds matrices."""
+    layers = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    embedding = [model.model.embed_tokens.weight]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    muon = "muon_learning_rates" in training
+    groups = [{"params": embedding if muon else [*embedding, *layers]}, {"params": vectors, "weight_decay": 0.0}]
+    optimizers = {torch.optim.AdamW(groups, betas=tuple(training["betas"]), fused=True): "learning_rates"}
+    return optimizers | ({torch.optim.Muon(layers): "muon_learning_rates"} if muon else {})
+
+
 def _save(
     path: Path,
     model: SmallModel,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Iterable[torch.optim.Optimizer],
     identity: Mapping[str, Any],
     step: int,
     seconds: float,
@@ -229,8 +242,9 @@ def _save(
     tensors = {}
     for name, parameter in model.named_parameters():
         tensors[f"weight:{name}"] = parameter.detach()
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"{key}:{name}"] = value
+        for optimizer in optimizers:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"{key}:{name}"] = value
     about = {"identity": json.dumps(identity), "step": str(step), "seconds": repr(seconds)}
     temporary = path.with_name("." + path.name)
     save_file(tensors, temporary, metadata=about)
@@ -238,7 +252,7 @@ def _save(
 
 
 def _restore(
-    path: Path, model: SmallModel, optimizer: torch.optim.Optimizer, identity: Mapping[str, Any]
+    path: Path, model: SmallModel, optimizers: Iterable[torch.optim.Optimizer], identity: Mapping[str, Any]
 ) -> tuple[int, float]:
     """Step and seconds of the checkpoint, whose weights and moments are put in place."""
     with safe_open(path, "pt") as stored, torch.no_grad():
@@ -247,9 +261,13 @@ def _restore(
             raise ValueError(f"{path} must be of this configuration and these texts to go on from, it is of others")
         for name, parameter in model.named_parameters():
             parameter.copy_(stored.get_tensor(f"weight:{name}"))
-            optimizer.state[parameter] = {
-                key: stored.get_tensor(f"{key}:{name}") for key in ("step", "exp_avg", "exp_avg_sq")
-            }
+        parameters = dict(model.named_parameters())
+        for optimizer in optimizers:
+            mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            for key in stored.keys():  # noqa: SIM118 - safe_open is no mapping
+                state, name = key.split(":", 1)
+                if state != "weight" and id(parameters[name]) in mine:
+                    optimizer.state[parameters[name]][state] = stored.get_tensor(key)
     return int(about["step"]), float(about["seconds"])
 
 

@@ -504,6 +504,9 @@ def test_ternary_is_said_never_guessed():
         ModelConfig.from_hf(plain, SUB_NORM_NAMES)
     with pytest.raises(ValueError, match="must not be False"):
         ModelConfig.from_hf(LLAMA, ternary=False)
+    # As Falcon-E's makers write it with transformers 5: modules that are never ternary are listed as well.
+    entry = {"quant_method": "bitnet", "modules_to_not_convert": ["lm_head", "model.norm", "model.embed_tokens"]}
+    assert ModelConfig.from_hf(LLAMA | {"quantization_config": entry}) == ModelConfig.from_hf(LLAMA)
 
 
 def test_rope_in_both_spellings():
@@ -577,7 +580,7 @@ def test_rope_in_both_spellings():
         (
             LLAMA,
             {"quantization_config": {"quant_method": "bitnet", "modules_to_not_convert": ["q_proj"]}},
-            "modules_to_not_convert must be one of",
+            "modules_to_not_convert must name none but lm_head, model.embed_tokens, model.norm",
         ),
         (BIT_LLM, {"weight_bits": 2}, "weight_bits must be 1"),
         (BIT_LLM, {"input_bits": 4}, "input_bits must be 8"),

@@ -362,6 +362,9 @@ _WITHOUT_EFFECT = frozenset(
 )
 
 
+_NEVER_TERNARY = ("lm_head", "model.embed_tokens", "model.norm")
+
+
 def canonical_name(name: str) -> str:
     """The tensor name that this package uses; 1bitLLM's two inner norms are renamed, every other name is kept.
 
@@ -392,10 +395,16 @@ def _ternary(keys: _Keys, read: _Architecture, asked: bool | None, sub_norm: boo
         "linear_class": ("bitlinear", "autobitlinear"),
         "quantization_mode": ("offline", "online"),
         "use_rms_norm": (False,),  # a further norm inside every linear layer: another network
-        "modules_to_not_convert": (None, ["lm_head"]),
     }
     for key, value in entry.items():
         if key in ("quant_method", "rms_norm_eps"):  # the latter belongs to use_rms_norm
+            continue
+        if key == "modules_to_not_convert":
+            # Newer versions of transformers list what has no linear layer of a block as well.
+            if value is not None and not (isinstance(value, list) and all(name in _NEVER_TERNARY for name in value)):
+                raise ValueError(
+                    f"quantization_config.{key} must name none but {', '.join(_NEVER_TERNARY)}, got {_shown(value)}"
+                )
             continue
         if key not in allowed:
             raise ValueError(f"quantization_config.{key} is not known here, got {_shown(value)}")

@@ -68,6 +68,7 @@ PRE_TOKENIZERS: Mapping[str, tuple[str, ...]] = {
     "llama-v3": _LLAMA3,
     "falcon3": _LLAMA3,
     "falcon-h1": _LLAMA3,
+    "falcon_e": _LLAMA3,
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
     "smollm": _DIGITS,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from itertools import product
 
 import gguf
@@ -615,6 +617,38 @@ def test_interrupted_overwrite_keeps_the_old_file(tmp_path, bitnet):
     with pytest.raises(KeyboardInterrupt):
         convert(source, out, "packed", overwrite=True, progress=interrupt)
     assert out.read_bytes() == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals of POSIX")
+def test_ctrl_c_on_the_command_line(tmp_path):
+    """SIGINT in the middle of a write: one word, an exit code, nothing left behind, the old file untouched."""
+    config = config_of(hidden=512, inter=1024, vocab=24_000)
+    ternary, floats = model_of(config)
+    source = write_hf(tmp_path / "hf", config, ternary, floats)
+    out = tmp_path / "a.safetensors"
+    out.write_bytes(b"old")
+    command = [
+        sys.executable,
+        "-m",
+        "bitnet_ref.cli",
+        "convert",
+        str(source),
+        str(out),
+        "--to",
+        "packed",
+        "--overwrite",
+    ]
+    command += ["--embedding", "q6_k"]  # takes a second to encode
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+    ) as program:
+        while not any(p.name.endswith(".partial") and p.stat().st_size > 1 << 20 for p in tmp_path.iterdir()):
+            assert program.poll() is None, program.communicate()
+            time.sleep(0.01)
+        program.send_signal(signal.SIGINT)
+        said = "".join(program.communicate(timeout=60))
+    assert program.returncode == 1 and said.strip() == "Aborted!"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "hf"] and out.read_bytes() == b"old"
 
 
 def test_source_is_not_changed(tmp_path, bitnet):

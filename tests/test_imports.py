@@ -162,6 +162,42 @@ def test_the_rules_are_enforced(module, source, expected):
     assert violations(source, module) == expected
 
 
+# --- files that would run code ----------------------------------------------------------------------------------------
+
+PICKLES = {"pickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+
+
+def runs_code_of_files(source):
+    """Names by which a module could run code that a file brings: pickles in any guise, eval, exec."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [name.name for name in node.names if name.name.split(".")[0] in PICKLES]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in PICKLES:
+            found.append(node.module)
+        elif isinstance(node, ast.Call):
+            called = getattr(node.func, "id", None) or getattr(node.func, "attr", None)
+            owner = getattr(getattr(node.func, "value", None), "id", None)
+            builtin = isinstance(node.func, ast.Name) and called in ("eval", "exec")
+            if (
+                (owner, called) == ("torch", "load")
+                or builtin
+                or any(word.arg == "allow_pickle" for word in node.keywords)
+            ):
+                found.append(ast.unparse(node.func))
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_no_pickle_anywhere(path):
+    assert runs_code_of_files(path.read_text(encoding="utf-8")) == []
+
+
+def test_pickles_are_found():
+    source = "import pickle\nfrom joblib import load\nimport torch\ntorch.load(f)\neval(x)\nnp.load(f, allow_pickle=a)"
+    assert runs_code_of_files(source) == ["pickle", "joblib", "torch.load", "eval", "np.load"]
+
+
 # --- compiled code and templates ------------------------------------------------------------------------------------
 
 NOT_PYTHON = sorted(p for folder in ("pyx", "templates") for p in (ROOT / folder).rglob("*") if p.is_file())

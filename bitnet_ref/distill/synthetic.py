@@ -40,7 +40,7 @@ _SUBJECTS = (
     "dialogue",
 )
 _VERBS = ("was", "seemed", "felt", "looked")
-_NEGATIONS = ("", "", "not", "never", "hardly")
+_NEGATIONS = ("not", "never", "hardly")
 _DEGREES = ("", "", "very", "quite", "really", "rather")
 _GOOD = ("good", "great", "fresh", "warm", "clever", "moving", "funny", "bright", "lively", "fine")
 _BAD = ("bad", "dull", "stale", "cold", "clumsy", "flat", "tired", "grim", "slow", "poor")
@@ -120,6 +120,8 @@ def _sentence(draw: _Draw, good: bool) -> str:
 
 
 def _clause(draw: _Draw, good: bool) -> str:
-    negation = draw.one(_NEGATIONS)
+    # Seldom enough that its words alone tell more than chance about a clause: half and half, training would stand still
+    # until it found the rule of both together.
+    negation = "" if draw.below(4) else draw.one(_NEGATIONS)
     word = draw.one(_GOOD if good != bool(negation) else _BAD)
     return " ".join(filter(None, ("the", draw.one(_SUBJECTS), draw.one(_VERBS), negation, draw.one(_DEGREES), word)))

@@ -25,12 +25,19 @@ cdef extern from "decoder_steps.h" nogil:
                     float* out) noexcept nogil
         void (*head)(const unsigned char* w, Py_ssize_t row_bytes, Py_ssize_t rows, const float* x, Py_ssize_t x_stride,
                   Py_ssize_t tokens, Py_ssize_t k, float* out, Py_ssize_t out_stride, int type) noexcept nogil
+        int (*head_prepare)(const float* x, Py_ssize_t k, int type, char* token) noexcept nogil
+        void (*head_integer)(const unsigned char* w, Py_ssize_t row_bytes, Py_ssize_t rows, const char* x,
+                  Py_ssize_t tokens, Py_ssize_t k, float* out, Py_ssize_t out_stride, int type, char* scratch) noexcept nogil
     Py_ssize_t STEP_ATTEND_SCRATCH(Py_ssize_t n, Py_ssize_t d)
     int ACTIVATE_RELU2, ACTIVATE_SILU, ACTIVATE_GELU_TANH
-    int TABLE_F32, TABLE_F16, TABLE_BF16, TABLE_Q8_0, TABLE_Q6_K
+    Py_ssize_t HEAD_TOKEN_BYTES(Py_ssize_t k)
+    Py_ssize_t HEAD_SCRATCH_BYTES(Py_ssize_t k)
+    int TABLE_F32, TABLE_F16, TABLE_BF16, TABLE_Q8_0, TABLE_Q6_K, TABLE_Q4_0
 
 cdef dict ACTIVATIONS = {"relu2": ACTIVATE_RELU2, "silu": ACTIVATE_SILU, "gelu_tanh": ACTIVATE_GELU_TANH}
-cdef dict TABLES = {"F32": TABLE_F32, "F16": TABLE_F16, "BF16": TABLE_BF16, "Q8_0": TABLE_Q8_0, "Q6_K": TABLE_Q6_K}
+# Number of the type, columns and bytes of a block.
+cdef dict TABLES = {"F32": (TABLE_F32, 1, 4), "F16": (TABLE_F16, 1, 2), "BF16": (TABLE_BF16, 1, 2),
+                    "Q8_0": (TABLE_Q8_0, 32, 34), "Q6_K": (TABLE_Q6_K, 256, 210), "Q4_0": (TABLE_Q4_0, 32, 18)}
 
 float32, float16, int8, int32, uint8 = (np.dtype(t) for t in (np.float32, np.float16, np.int8, np.int32, np.uint8))
 
@@ -228,18 +235,20 @@ cdef class Steps:
         """As reference.head.head_logits: x float32 (T, K) times the rows of a stored table, uint8 (V, row bytes)."""
         if type_name not in TABLES:
             raise ValueError(f"the type of a head must be one of {', '.join(TABLES)}, got {type_name!r}")
-        cdef int kind = TABLES[type_name]
+        cdef int kind
+        cdef Py_ssize_t block, block_bytes
+        kind, block, block_bytes = TABLES[type_name]
         cdef _View a = _contiguous(x, float32, "x", 2), w = _contiguous(raw, uint8, "raw", 2)
         cdef Py_ssize_t tokens = a.size(0), k = a.size(1), vocabulary = w.size(0), row_bytes = w.size(1), t, i, first
         cdef Py_ssize_t padded = (k + 15) // 16 * 16
-        cdef Py_ssize_t block = 256 if kind == TABLE_Q6_K else 32 if kind == TABLE_Q8_0 else 1
-        cdef Py_ssize_t block_bytes = (210 if kind == TABLE_Q6_K else 34 if kind == TABLE_Q8_0
-                                       else 4 if kind == TABLE_F32 else 2)
         if k % block or row_bytes != k // block * block_bytes:
             raise ValueError(f"rows of {k} {type_name} values must have {k // block * block_bytes} bytes, "
                              f"got {row_bytes}")
         out = np.empty((tokens, vocabulary), float32)
         cdef _View o = _View(out, float32, "out")
+        if block > 1:
+            self._integer_head(a, w, o, kind)
+            return out
         cdef float* copy = <float*>malloc(max(1, tokens * padded) * sizeof(float))
         if copy == NULL:
             raise MemoryError("no memory for padded activations")
@@ -259,3 +268,29 @@ cdef class Steps:
                                target + first, vocabulary, kind)
         free(copy)
         return out
+
+    cdef int _integer_head(self, _View x, _View w, _View out, int kind) except -1:
+        cdef Py_ssize_t tokens = x.size(0), k = x.size(1), vocabulary = w.size(0), row_bytes = w.size(1), t, i, first, last
+        cdef Py_ssize_t token_bytes = HEAD_TOKEN_BYTES(k), scratch_bytes = HEAD_SCRATCH_BYTES(k)
+        cdef int n_threads = self.n_threads, bad = 0
+        cdef char* prepared = <char*>malloc(tokens * token_bytes + n_threads * scratch_bytes + 63)
+        if prepared == NULL:
+            raise MemoryError("no memory for the activations of a head")
+        cdef char* scratch = prepared + (-<Py_ssize_t>prepared & 63)
+        cdef char* token = scratch + n_threads * scratch_bytes
+        cdef const float* source = <const float*>x.buffer.buf
+        cdef const unsigned char* table = <const unsigned char*>w.buffer.buf
+        cdef float* target = <float*>out.buffer.buf
+        with nogil:
+            for t in range(tokens):
+                bad += not self.call.head_prepare(source + t * k, k, kind, token + t * token_bytes)
+            if not bad:
+                for i in prange(n_threads, num_threads=n_threads, schedule='static', chunksize=1):
+                    first = vocabulary * i // n_threads
+                    last = vocabulary * (i + 1) // n_threads
+                    self.call.head_integer(table + first * row_bytes, row_bytes, last - first, token, tokens, k,
+                                           target + first, vocabulary, kind, scratch + i * scratch_bytes)
+        free(prepared)
+        if bad:
+            raise ValueError("x must be finite in float32, got NaN or infinity")
+        return 0

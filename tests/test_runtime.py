@@ -178,23 +178,51 @@ def test_attention_of_subnormal_float16(isa):
 @pytest.mark.parametrize("stored", TABLE_TYPES)
 @pytest.mark.parametrize(("tokens", "rows"), [(1, 37), (19, 6), (2, 1)])
 def test_head_equals_its_definition(isa, n_threads, stored, tokens, rows):
-    k = {"Q6_K": 512, "Q8_0": 288}.get(stored, 301)
+    k = {"Q6_K": 512, "Q8_0": 288, "Q4_0": 288}.get(stored, 301)
     table = FloatTable(encode_floats("w", normal(rows, k), stored).reshape(rows, -1), stored, k)
     x = normal(tokens, k)
     np.testing.assert_array_equal(load_steps(n_threads, isa).head(x, table.raw, stored), head_logits(x, table))
 
 
+@every_isa
+@pytest.mark.parametrize("stored", ["Q8_0", "Q6_K", "Q4_0"])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_integer_head_at_its_extremes(isa, stored, tokens):
+    """The largest magnitudes of weights, scales and activations, all signs: what an int16 on the way would not hold."""
+    row_bytes, d_at = {"Q8_0": (34 * 24, 0), "Q6_K": (210 * 3, 208), "Q4_0": (18 * 24, 0)}[stored]
+    raw = np.repeat(np.array([0x00, 0x7F, 0x80, 0xFF, 0x0F, 0xF0], np.uint8)[:, None], row_bytes, axis=1)
+    blocks = raw.reshape(-1, TABLE_TYPES[stored][1])
+    blocks[:, d_at : d_at + 2] = np.array([-2.5], "<f2").view(np.uint8)
+    x = np.ones((tokens, 768), np.float32)
+    x[:, 256:512] = -1
+    x[:, 512::3] = 0.25
+    table = FloatTable(raw, stored, 768)
+    np.testing.assert_array_equal(load_steps(2, isa).head(x, raw, stored), head_logits(x, table))
+    x[-1, 700] = np.nan
+    for multiply in (lambda: load_steps(2, isa).head(x, raw, stored), lambda: head_logits(x, table)):
+        with pytest.raises(ValueError, match="x must be finite"):
+            multiply()
+
+
 @pytest.mark.parametrize("stored", TABLE_TYPES)
 def test_head_definition_is_the_product(stored):
-    """Sums of K products in float32: an error of at most (K/16 + 5) units of 2^-24 of the sum of magnitudes."""
+    """Sums of K products in float32: an error of at most (K/16 + 5) units of 2^-24 of the sum of magnitudes.
+
+    Heads of integers multiply the rounded activations; that rounding is at most half a step of their block.
+    """
     w, x = normal(40, 512), normal(3, 512, seed=1)
     table = FloatTable(encode_floats("w", w, stored).reshape(40, -1), stored, 512)
-    decoded = table[np.arange(40)].astype(np.float64)
-    bound = (512 / 16 + 5) * 2.0**-24 * (np.abs(x).astype(np.float64) @ np.abs(decoded).T)
-    assert (np.abs(head_logits(x, table) - x.astype(np.float64) @ decoded.T) <= bound).all()
+    decoded, wide = table[np.arange(40)].astype(np.float64), x.astype(np.float64)
+    if TABLE_TYPES[stored][0] > 1:
+        x_q, x_scale = quantize_activations(x.reshape(3, -1, 32))
+        wide = (x_q * x_scale.astype(np.float64)).reshape(3, 512)
+        step = np.repeat(np.abs(x.reshape(3, -1, 32)).max(axis=2), 32, axis=1) / 127
+        assert (np.abs(wide - x) <= step * 0.5001).all()
+    bound = (512 / 16 + 5) * 2.0**-24 * (np.abs(wide) @ np.abs(decoded).T)
+    assert (np.abs(head_logits(x, table) - wide @ decoded.T) <= bound).all()
 
 
-@pytest.mark.parametrize("stored", ["Q8_0", "Q6_K", "BF16"])
+@pytest.mark.parametrize("stored", ["Q8_0", "Q6_K", "Q4_0", "BF16"])
 def test_tables_decode_as_the_gguf_library_does(stored):
     from gguf import quants
     from gguf.constants import GGMLQuantizationType
@@ -236,7 +264,7 @@ def test_greedy_tokens_equal_the_reference(config, scheme):
 
 
 @pytest.mark.parametrize("config", [BITNET, SWIGLU], ids=["bitnet", "swiglu"])
-@pytest.mark.parametrize("head", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("head", ["f32", "f16", "bf16", "q8_0", "q4_0"])
 def test_logits_equal_the_reference_to_the_last_bit(config, head):
     """With the same head table; gelu is left out, see the test of that step."""
     weights = ternary_weights(config, random_weights(config, 1))
@@ -404,7 +432,7 @@ def test_bad_arguments(call, error, message):
     ("options", "message"),
     [
         ({"scheme": "i3"}, "scheme must be"),
-        ({"head": "q4_0"}, "head must be"),
+        ({"head": "q5_0"}, "head must be"),
         ({"head": "q6_k"}, "multiple of 256"),
         ({"cache": "f8"}, "cache must be"),
         ({"n_threads": 0}, "n_threads"),

@@ -20,7 +20,7 @@ from bitnet_ref.reference.packing import schemes
 __all__ = ["COMMANDS"]
 
 MODEL = click.Path(path_type=Path, exists=True)
-HEAD_NAMES = ("f32", "f16", "bf16", "q8_0", "q6_k")
+HEAD_NAMES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q4_0")
 
 scheme_option = click.option(
     "--scheme",

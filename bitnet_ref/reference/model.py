@@ -38,7 +38,11 @@ from bitnet_ref.reference.rope import frequencies, rotate, rotations
 
 __all__ = [
     "BLOCK_STEPS",
+    "Block",
     "Steps",
+    "attention_inputs",
+    "attention_output",
+    "feed_forward",
     "forward",
     "generate_greedy",
     "linear",
@@ -61,23 +65,6 @@ residual stream after each half of the block.
 Linear = Callable[[np.ndarray, Any], np.ndarray]
 Trace = Callable[[str, np.ndarray], None]
 Weights = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Steps:
-    """What :func:`forward` computes with beside the linear layers; the fields are the reference's own functions.
-
-    A compiled step takes the same arguments and returns the same values.
-    """
-
-    rms_norm: Callable[..., np.ndarray] = rms_norm
-    rotate: Callable[..., np.ndarray] = rotate
-    attention: Callable[..., np.ndarray] = attention
-    activate: Callable[..., np.ndarray] = activate
-    head: Callable[..., np.ndarray] = head_logits
-
-
-_REFERENCE = Steps()
 
 
 def linear(x: np.ndarray, weight: np.ndarray | tuple[np.ndarray | PackedTernary, np.float32]) -> np.ndarray:
@@ -106,6 +93,98 @@ def linear(x: np.ndarray, weight: np.ndarray | tuple[np.ndarray | PackedTernary,
     x_q, x_scale = quantize_activations(x)
     sums = x_q.astype(np.int32) @ w.T.astype(np.int32)  # (T, K) @ (K, M) -> (T, M) int32, exact
     return sums.astype(np.float32) * (x_scale * np.float32(w_scale))
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One block as its steps see it: the tensors by name, and what computes with them."""
+
+    config: ModelConfig
+    weights: Weights
+    index: int
+    linear: Linear
+    steps: Steps
+    trace: Trace | None
+
+    def weight(self, tensor: str) -> Any:
+        """The tensor of this block, such as "mlp.up_proj"."""
+        return self.weights[f"model.layers.{self.index}.{tensor}.weight"]
+
+    def note(self, name: str, array: np.ndarray) -> np.ndarray:
+        """Tell the trace."""
+        if self.trace is not None:
+            self.trace(f"layers.{self.index}.{name}", array)
+        return array
+
+    def norm(self, a: np.ndarray, tensor: str, name: str) -> np.ndarray:
+        """The norm with this weight; the trace knows it as `name`."""
+        weight = self.weight(tensor)
+        return self.note(name, self.steps.rms_norm(a, weight, self.config.norm_eps, self.config.norm_offset))
+
+    def project(self, a: np.ndarray, tensor: str) -> np.ndarray:
+        """The linear layer with this matrix: (T, K) -> (T, M)."""
+        weight = self.weight(tensor)
+        if self.config.ternary and isinstance(weight, np.ndarray):
+            raise ValueError(
+                f"model.layers.{self.index}.{tensor}.weight must be ternary in this network, see ternary_weights(), "
+                f"got an array of {weight.dtype}"
+            )
+        y = self.linear(a, weight)
+        if self.config.qkv_bias and tensor.endswith(("q_proj", "k_proj", "v_proj")):
+            y = y + self.weights[f"model.layers.{self.index}.{tensor}.bias"]
+        return self.note(tensor.partition(".")[2], y)
+
+
+def attention_inputs(block: Block, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Queries (T, H * D), keys and values (T, KV * D) of the residual stream x (T, hidden), before any rotation."""
+    a = block.norm(x, "input_layernorm", "attn_norm")  # (T, hidden)
+    return tuple(block.project(a, f"self_attn.{name}_proj") for name in "qkv")
+
+
+def attention_output(block: Block, a: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """The residual stream (T, hidden) after attention gave a (T, H * D)."""
+    if block.config.sub_norm:
+        a = block.norm(a, "self_attn.attn_sub_norm", "attn_sub_norm")
+    a = block.project(a, "self_attn.o_proj")  # (T, hidden)
+    if block.config.post_norms:
+        a = block.norm(a, "post_attention_layernorm", "attn_post_norm")
+    return block.note("attn_out", x + a)
+
+
+def feed_forward(block: Block, x: np.ndarray) -> np.ndarray:
+    """The residual stream (T, hidden) after the feed-forward network."""
+    config = block.config
+    a = block.norm(x, "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm", "ffn_norm")
+    gate, up = block.project(a, "mlp.gate_proj"), block.project(a, "mlp.up_proj")  # (T, ffn) each
+    a = block.note("activation", block.steps.activate(gate, config.activation))
+    a = block.note("gated", a * up)  # (T, ffn)
+    if config.sub_norm:
+        a = block.norm(a, "mlp.ffn_sub_norm", "ffn_sub_norm")
+    a = block.project(a, "mlp.down_proj")  # (T, hidden)
+    if config.post_norms:
+        a = block.norm(a, "post_feedforward_layernorm", "ffn_post_norm")
+    return block.note("out", x + a)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What :func:`forward` computes with beside the linear layers; the fields are the reference's own functions.
+
+    A compiled step takes the same arguments and returns the same values. The last three are made of the others and of
+    the linear layers; one that takes their place must tell the trace what they tell it, or hand over to them.
+    """
+
+    rms_norm: Callable[..., np.ndarray] = rms_norm
+    rotate: Callable[..., np.ndarray] = rotate
+    attention: Callable[..., np.ndarray] = attention
+    activate: Callable[..., np.ndarray] = activate
+    head: Callable[..., np.ndarray] = head_logits
+    attention_inputs: Callable[[Block, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]] = attention_inputs
+    attention_output: Callable[[Block, np.ndarray, np.ndarray], np.ndarray] = attention_output
+    feed_forward: Callable[[Block, np.ndarray], np.ndarray] = feed_forward
+
+
+_REFERENCE = Steps()
 
 
 def forward(
@@ -174,7 +253,8 @@ def forward(
     note("embedding", x)
     turns = _turns(config, positions)
     for i in range(config.layers):
-        x = _block(config, weights, i, x, turns[config.window(i) is not None], cache, linear, trace, steps)
+        block = Block(config, weights, i, linear, steps, trace)
+        x = _block(block, x, turns[config.window(i) is not None], cache)
     cache.advance(t)
     x = steps.rms_norm(x, weights["model.norm.weight"], config.norm_eps, config.norm_offset)
     note("final_norm", x)
@@ -184,71 +264,22 @@ def forward(
     return logits
 
 
-def _block(
-    config: ModelConfig,
-    weights: Weights,
-    i: int,
-    x: np.ndarray,
-    turns: tuple[np.ndarray, np.ndarray],
-    cache: KVCache,
-    linear: Linear,
-    trace: Trace | None,
-    steps: Steps,
-) -> np.ndarray:
-    """Block i on x of shape (T, hidden)."""
-
-    def note(name: str, array: np.ndarray) -> np.ndarray:
-        if trace is not None:
-            trace(f"layers.{i}.{name}", array)
-        return array
-
-    def norm(a: np.ndarray, tensor: str, name: str) -> np.ndarray:
-        weight = weights[f"model.layers.{i}.{tensor}.weight"]
-        return note(name, steps.rms_norm(a, weight, config.norm_eps, config.norm_offset))
-
-    def project(a: np.ndarray, tensor: str) -> np.ndarray:
-        name = f"model.layers.{i}.{tensor}.weight"
-        weight = weights[name]
-        if config.ternary and isinstance(weight, np.ndarray):
-            raise ValueError(
-                f"{name} must be ternary in this network, see ternary_weights(), got an array of {weight.dtype}"
-            )
-        y = linear(a, weight)
-        if config.qkv_bias and tensor.endswith(("q_proj", "k_proj", "v_proj")):
-            y = y + weights[f"model.layers.{i}.{tensor}.bias"]
-        return note(tensor.partition(".")[2], y)
-
-    t = len(x)
-    # Attention half
-    a = norm(x, "input_layernorm", "attn_norm")  # (T, hidden)
-    q = project(a, "self_attn.q_proj").reshape(t, config.heads, config.head_dim)  # (T, H, D)
-    k = project(a, "self_attn.k_proj").reshape(t, config.kv_heads, config.head_dim)  # (T, KV, D)
-    v = project(a, "self_attn.v_proj").reshape(t, config.kv_heads, config.head_dim)  # (T, KV, D)
+def _block(block: Block, x: np.ndarray, turns: tuple[np.ndarray, np.ndarray], cache: KVCache) -> np.ndarray:
+    """One block on x of shape (T, hidden)."""
+    config, steps, i, t = block.config, block.steps, block.index, len(x)
+    q, k, v = steps.attention_inputs(block, x)
+    q = q.reshape(t, config.heads, config.head_dim)  # (T, H, D)
+    k = k.reshape(t, config.kv_heads, config.head_dim)  # (T, KV, D)
+    v = v.reshape(t, config.kv_heads, config.head_dim)  # (T, KV, D)
     if config.qk_norm:
-        q = norm(q, "self_attn.q_norm", "q_norm")
-        k = norm(k, "self_attn.k_norm", "k_norm")
-    q, k = note("q_rope", steps.rotate(q, *turns)), note("k_rope", steps.rotate(k, *turns))
+        q = block.norm(q, "self_attn.q_norm", "q_norm")
+        k = block.norm(k, "self_attn.k_norm", "k_norm")
+    q, k = block.note("q_rope", steps.rotate(q, *turns)), block.note("k_rope", steps.rotate(k, *turns))
     k, v = cache.store(i, k, v)  # (S, KV, D) each
     scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
-    a = steps.attention(q, k, v, scale, config.window(i), note if trace else None).reshape(t, -1)  # (T, H * D)
-    note("attention", a)
-    if config.sub_norm:
-        a = norm(a, "self_attn.attn_sub_norm", "attn_sub_norm")
-    a = project(a, "self_attn.o_proj")  # (T, hidden)
-    if config.post_norms:
-        a = norm(a, "post_attention_layernorm", "attn_post_norm")
-    x = note("attn_out", x + a)
-
-    # Feed-forward half
-    a = norm(x, "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm", "ffn_norm")
-    gate, up = project(a, "mlp.gate_proj"), project(a, "mlp.up_proj")  # (T, ffn) each
-    a = note("gated", note("activation", steps.activate(gate, config.activation)) * up)  # (T, ffn)
-    if config.sub_norm:
-        a = norm(a, "mlp.ffn_sub_norm", "ffn_sub_norm")
-    a = project(a, "mlp.down_proj")  # (T, hidden)
-    if config.post_norms:
-        a = norm(a, "post_feedforward_layernorm", "ffn_post_norm")
-    return note("out", x + a)
+    trace = None if block.trace is None else block.note
+    a = block.note("attention", steps.attention(q, k, v, scale, config.window(i), trace).reshape(t, -1))  # (T, H * D)
+    return steps.feed_forward(block, steps.attention_output(block, a, x))
 
 
 def generate_greedy(

@@ -42,7 +42,7 @@ def load(
     path : str or path
     scheme : str
         Packing of the ternary matrices. A packed file of that scheme is mapped and not copied.
-    head : {"f32", "f16", "bf16", "q8_0", "q6_k"}
+    head : {"f32", "f16", "bf16", "q8_0", "q6_k", "q4_0"}
         How the output head is stored in memory. Mapped if the file has it so; the embedding is always read from the
         file, row by row.
     n_threads : int, optional

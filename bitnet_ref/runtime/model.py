@@ -22,7 +22,7 @@ from bitnet_ref.runtime.tokenizer import Tokenizer
 __all__ = ["HEADS", "BatchCache", "Model", "head_type"]
 
 HEADS = {name: stored for name, stored in FLOAT_TYPES.items() if stored in TABLE_TYPES}
-"""Types of the head, by their names as arguments: f32, f16, bf16, q8_0, q6_k."""
+"""Types of the head, by their names as arguments: f32, f16, bf16, q8_0, q6_k, q4_0."""
 
 PREFILL_TOKENS = 256
 """Tokens that are processed together in a long prompt: enough that the weights are read seldom, and little memory."""
@@ -224,6 +224,12 @@ class Model:
             else w
             for name, w in self.weights.items()
         }
+        return other
+
+    def with_steps(self, steps: Steps) -> Model:
+        """The same weights, not copied, with other steps between the matrices."""
+        other = copy.copy(self)
+        other.steps = steps
         return other
 
     def bytes_per_token(self) -> dict[str, int]:

@@ -10,6 +10,7 @@ import pytest
 
 from bitnet_ref.errors import KernelUnavailable
 from bitnet_ref.formats.float_types import encode_floats
+from bitnet_ref.measure.head_cost import measure_heads
 from bitnet_ref.reference.attention import KVCache, attention
 from bitnet_ref.reference.config import ModelConfig
 from bitnet_ref.reference.head import TABLE_TYPES, FloatTable, decode_rows, head_logits
@@ -19,7 +20,7 @@ from bitnet_ref.reference.norm import rms_norm
 from bitnet_ref.reference.packing import schemes
 from bitnet_ref.reference.quantize import quantize_activations
 from bitnet_ref.reference.rope import frequencies, rotate, rotations
-from bitnet_ref.runtime.model import PREFILL_TOKENS, Model
+from bitnet_ref.runtime.model import HEADS, PREFILL_TOKENS, Model
 from bitnet_ref.runtime.perplexity import perplexity
 from bitnet_ref.runtime.sampling import Sampler, log_softmax
 from bitnet_ref.runtime.steps import load_steps, step_isas
@@ -230,6 +231,24 @@ def test_tables_decode_as_the_gguf_library_does(stored):
     raw = encode_floats("w", normal(7, 512), stored).reshape(7, -1)
     expected = quants.dequantize(raw, GGMLQuantizationType[stored]).reshape(7, 512)
     np.testing.assert_array_equal(decode_rows(raw, stored), expected)
+
+
+def test_what_heads_cost():
+    """On the same hidden states: nothing for the exact head, and more the fewer bits there are."""
+    tokens = np.random.default_rng(2).integers(0, 203, 100)
+    rows = {row["head"]: row for row in measure_heads(model_of(SWIGLU), tokens, 32)}
+    assert list(rows) == list(HEADS) and {row["n_scored"] for row in rows.values()} == {3 * 15}
+    exact = rows["f32"]
+    assert exact["change"] == exact["rms_error"] == exact["largest_error"] == 0 and exact["same_best"] == 1
+    errors = [rows[head]["rms_error"] for head in ("f32", "f16", "bf16", "q8_0", "q6_k", "q4_0")]
+    assert errors == sorted(set(errors)) and errors[-1] < 0.3
+    assert rows["q6_k"]["padded"] == 160 and rows["q8_0"]["padded"] == 0  # of 96 columns
+    losses = [losses_of(model_of(SWIGLU, head="q8_0"), tokens[i : i + 32])[16:] for i in (0, 32, 64)]
+    assert rows["q8_0"]["perplexity"] == pytest.approx(math.exp(np.concatenate(losses).mean()), rel=1e-6)
+    with pytest.raises(ValueError, match="must be float32"):
+        measure_heads(model_of(SWIGLU, head="f16"), tokens, 32)
+    with pytest.raises(ValueError, match="at least one chunk"):
+        measure_heads(model_of(SWIGLU), tokens, 101)
 
 
 def test_steps_refuse_wrong_arguments():

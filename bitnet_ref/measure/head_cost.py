@@ -46,8 +46,8 @@ def measure_heads(
     list of dict, one for each head
         head, bits_per_weight, bytes, perplexity, change (of the perplexity, relative), change_error (its standard
         error), rms_error (of logits, over their standard deviation), largest_error (over the range of a position's
-        logits), same_best (share of positions), kl_divergence (nats, mean), n_scored, padded (columns of zeros added because the
-        type needs whole blocks; they change no group of weights that shares a scale).
+        logits), same_best (share of positions), kl_divergence (nats, mean), n_scored, padded (columns of zeros added
+        because the type needs whole blocks; they change no group of weights that shares a scale).
 
     Raises
     ------

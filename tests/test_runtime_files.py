@@ -107,7 +107,7 @@ def test_the_embedding_stays_what_the_file_holds(folder, reference):
 
 def test_load_refuses(folder, tmp_path):
     with pytest.raises(ValueError, match="head must be"):
-        load(folder, head="q4_0")
+        load(folder, head="q5_0")
     with pytest.raises(ValueError, match="scheme must be"):
         load(folder, "i3")
     with pytest.raises(FormatError):

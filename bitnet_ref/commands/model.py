@@ -414,5 +414,5 @@ def _short(name: str) -> str:
     return "".join(c for c in tail if c.isalnum())
 
 
-COMMANDS = (generate, chat, perplexity, logits, convert, bench)
+COMMANDS = (generate, chat, perplexity, logits, convert)
 """For the group of ``cli.py``."""

@@ -1,0 +1,75 @@
+"""What the process of a peer does: answer requests, one at a time."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from bitnet_ref.measure.peers import ERROR_LIMIT
+from bitnet_ref.measure.problem import problem
+from bitnet_ref.measure.turns import SLICE_NS
+
+__all__ = ["Candidate", "answer", "serve"]
+
+Candidate = tuple[dict[str, Any], Callable[[], np.ndarray], int]
+"""Columns of a row; a call that does some units of work and returns the result of the last; how many units."""
+
+
+def serve(name: str, connection: Any) -> None:
+    """Load the peer called `name` and answer until the other end closes."""
+    if name == "torch":
+        from bitnet_ref.measure.peers.torch_int8 import candidates
+    else:
+        from bitnet_ref.measure.peers.ggml import Ggml
+
+        candidates = Ggml(name).candidates
+    answer(connection, candidates)
+
+
+def answer(connection: Any, candidates: Callable[..., Iterator[Candidate]]) -> None:
+    """The protocol: ``prepare`` a product, take a ``turn``; an error is an answer, too."""
+    ready: dict[int, tuple[Callable[[], np.ndarray], int, int]] = {}
+    numbers = itertools.count()
+
+    def prepare(m: int, k: int, tokens: int, threads: int) -> list[tuple[int, dict[str, Any]]]:
+        ready.clear()
+        w_q, x_q, expected = problem(m, k, tokens)
+        rms = float(np.sqrt(np.mean(expected.astype(np.float64) ** 2)))
+        found = []
+        for row, call, units in candidates(w_q, x_q, threads):
+            error = float(np.abs(call() - expected).max()) / rms
+            row = {**row, "error": error, "verified": bool(error <= ERROR_LIMIT)}
+            if not row["verified"]:
+                row["note"] = f"error {error:.2g} of the root mean square: it does not compute this product; not timed"
+                found.append((-1, row))
+                continue
+            start = time.perf_counter_ns()
+            call()
+            ns = max(1, time.perf_counter_ns() - start)
+            handle = next(numbers)
+            ready[handle] = (call, units, max(1, -(-SLICE_NS // ns)))
+            found.append((handle, row))
+        return found
+
+    def turn(handle: int) -> tuple[float, float]:
+        call, units, repeats = ready[handle]
+        spent, start = time.process_time(), time.perf_counter_ns()
+        for _ in range(repeats):
+            call()
+        taken = time.perf_counter_ns() - start
+        return taken / (repeats * units), time.process_time() - spent
+
+    does = {"prepare": prepare, "turn": turn}
+    while True:
+        try:
+            what, arguments = connection.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            connection.send((True, does[what](*arguments)))
+        except Exception as error:
+            connection.send((False, f"{type(error).__name__}: {error}"))

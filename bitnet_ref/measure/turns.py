@@ -1,0 +1,125 @@
+"""Programs that take turns: the engine behind every comparison of speeds.
+
+All programs of a stage run one after the other within a round, and so do the probes of the machine: a change in the
+machine's speed hits all of them. Only one works at a time; a program in a process of its own waits at its pipe
+meanwhile. What *other* processes take from the processors in a round is read from the system's own account, and rows of
+busy rounds say so.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["BUSY", "Program", "frequency_hz", "rounds", "sized", "spread"]
+
+SLICE_NS = 15_000_000
+"""One program's turn in a round takes at least this long, or one call."""
+
+SETTLE_S = 0.05
+"""Idle workers of a thread pool keep spinning for a while and would take a processor from the program that is next:
+OpenBLAS for 2**26 cycles, OpenMP for some milliseconds."""
+
+BUSY = 0.05
+"""Share of all processors' time that others may take in a round before it counts as busy."""
+
+
+@dataclass
+class Program:
+    """Something that takes turns: ``turn()`` gives (ns for a unit of work, seconds of processor time it spent)."""
+
+    row: dict[str, Any]
+    turn: Callable[[], tuple[float, float]]
+    times: list[float] = field(default_factory=list)
+
+
+def sized(row: dict[str, Any], call: Callable[[int], object]) -> Program:
+    """A program of this process whose ``call(i)`` does the i-th unit, with turns that are long enough to time."""
+    per_turn, cursor = _per_turn(call), 0
+
+    def turn() -> tuple[float, float]:
+        nonlocal cursor
+        spent, start = time.process_time(), time.perf_counter_ns()
+        for i in range(cursor, cursor + per_turn):
+            call(i)
+        taken = time.perf_counter_ns() - start
+        cursor += per_turn
+        return taken / per_turn, time.process_time() - spent
+
+    return Program(row, turn)
+
+
+def _per_turn(call: Callable[[int], object]) -> int:
+    """How many units fill a slice; these first calls also warm caches and threads."""
+    call(0)
+    start = time.perf_counter_ns()
+    call(1)
+    return max(1, -(-SLICE_NS // max(1, time.perf_counter_ns() - start)))
+
+
+def rounds(programs: Sequence[Program], n_rounds: int, threads: int, slow_turns: int = 3) -> list[float]:
+    """Let all programs take their turns, round by round.
+
+    Parameters
+    ----------
+    programs : sequence of Program
+        Each gets a time for every round; one whose turn takes over 20 slices gets `slow_turns` of them.
+    n_rounds : int
+    threads : int
+        With more than one, each turn begins when the workers of the one before have gone to sleep.
+
+    Returns
+    -------
+    list of float, one for each round
+        Share of all processors' time that other processes took; empty where the system keeps no such account.
+    """
+    others = []
+    for _ in range(n_rounds):
+        account, start, own = _busy_seconds(), time.perf_counter(), time.process_time()
+        for program in programs:
+            if len(program.times) >= slow_turns and program.times[0] > 20 * SLICE_NS:
+                continue
+            before = time.process_time()
+            ns, spent = program.turn()
+            program.times.append(ns)
+            own -= max(0.0, spent - (time.process_time() - before))  # what another process of ours spent
+            if threads > 1:
+                time.sleep(SETTLE_S)
+        own = time.process_time() - own
+        if account is not None:
+            taken = (_busy_seconds() or account) - account
+            processors = (os.cpu_count() or 1) * (time.perf_counter() - start)
+            others.append(max(0.0, taken - own) / processors)
+    return others
+
+
+def spread(times: Sequence[float]) -> dict[str, Any]:
+    """Median and quartiles of a program's turns, as the columns of a row."""
+    low, median, high = np.percentile(times, (25, 50, 75))
+    return {"median_ns": float(median), "low_ns": float(low), "high_ns": float(high), "repeats": len(times)}
+
+
+def _busy_seconds() -> float | None:
+    """Seconds that all processors together have not been idle since boot, stolen ones included."""
+    try:
+        fields = [int(value) for value in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except (OSError, ValueError):
+        return None
+    idle, waiting = fields[3], fields[4]
+    return (sum(fields) - idle - waiting) / os.sysconf("SC_CLK_TCK")
+
+
+def frequency_hz() -> float | None:
+    """The processors' mean frequency as Linux reports it now, or None; a virtual machine often reports a constant."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
+    return round(float(np.mean(found)) * 1e6) if found else None

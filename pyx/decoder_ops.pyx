@@ -9,14 +9,22 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 from cython.parallel cimport prange
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 import numpy as np
+
+from kernel_abi cimport lut_t, matmul_t
 
 cdef extern from "decoder_steps.h" nogil:
     ctypedef struct decoder_steps:
         void (*norm)(const float* x, const float* weight, float* y, Py_ssize_t k, float eps, float offset) noexcept nogil
         int (*quantize)(const float* x, signed char* x_q, float* x_scale, Py_ssize_t k) noexcept nogil
         void (*rescale)(const int* sums, float* y, Py_ssize_t m, float scale) noexcept nogil
+        int (*norm_quantize)(const float* x, const float* weight, float* normed, signed char* x_q, float* x_scale,
+                  int* x_sum, Py_ssize_t k, float eps, float offset) noexcept nogil
+        void (*rescale_add)(const int* sums, const float* x, float* y, Py_ssize_t m, float scale) noexcept nogil
+        void (*gate)(const int* gate, const int* up, float* y, Py_ssize_t m, float gate_scale, float up_scale,
+                  int kind) noexcept nogil
         void (*rotate)(const float* x, const float* cosine, const float* sine, float* y, Py_ssize_t heads,
                     Py_ssize_t half) noexcept nogil
         void (*activate)(const float* x, float* y, Py_ssize_t n, int kind) noexcept nogil
@@ -68,6 +76,67 @@ cdef _View _contiguous(array, dtype, str name, int ndim=-1):
     return _View(np.ascontiguousarray(array), dtype, name, ndim)
 
 
+DEF MOST_TOGETHER = 3  # matrices that read the same activations: q, k and v
+DEF TABLE_BYTES = 256  # of a block, see matmul.pyx
+
+
+cdef struct matrix_t:
+    matmul_t multiply
+    lut_t build
+    const unsigned char* w
+    Py_ssize_t w_stride, m, k, rows, block, n_blocks, n_tiles
+    float scale
+
+
+cdef class Matrix:
+    """A packed ternary matrix and what multiplies it by one token.
+
+    Parameters
+    ----------
+    kernel, lut : capsules of the gemv variant, as for matmul.matmul
+    data : uint8, packed tiles, one a row
+    m, k : int
+    rows, block : int
+        Of a tile.
+    scale : float
+    """
+
+    cdef matrix_t about
+    cdef _View held
+
+    def __init__(self, kernel, lut, data, Py_ssize_t m, Py_ssize_t k, Py_ssize_t rows, Py_ssize_t block, float scale):
+        self.held = _contiguous(data, uint8, "data", 2)
+        self.about.multiply = <matmul_t>PyCapsule_GetPointer(kernel, b"bitnet_ref.matmul/1")
+        self.about.build = NULL
+        if lut is not None:
+            self.about.build = <lut_t>PyCapsule_GetPointer(lut, b"bitnet_ref.lut/1")
+        self.about.w = <const unsigned char*>self.held.buffer.buf
+        self.about.w_stride = self.held.size(1)
+        self.about.m, self.about.k, self.about.rows, self.about.block = m, k, rows, block
+        self.about.n_blocks, self.about.n_tiles = (k + block - 1) // block, (m + rows - 1) // rows
+        self.about.scale = scale
+        if self.held.size(0) != self.about.n_tiles:
+            raise ValueError(f"{m} rows in tiles of {rows} must have {self.about.n_tiles} tiles, got {data.shape}")
+
+
+cdef struct input_t:
+    # One token as kernels read it: int8, or the tables of the schemes that have some.
+    const signed char* operand
+    float scale
+    int sum
+
+
+cdef double now_ns() noexcept nogil:
+    cdef timespec t
+    clock_gettime(CLOCK_MONOTONIC, &t)
+    return t.tv_sec * 1e9 + t.tv_nsec
+
+
+cdef Py_ssize_t input_bytes(const matrix_t* a) noexcept nogil:
+    # The int8 values, on a cache line, and the tables, on another.
+    return a.n_blocks * (a.block + (TABLE_BYTES if a.build != NULL else 0)) + 128
+
+
 cdef class Steps:
     """The compiled steps of one instruction set, on a number of threads.
 
@@ -79,10 +148,19 @@ cdef class Steps:
 
     cdef const decoder_steps* call
     cdef int n_threads
+    cdef double product_ns
 
     def __init__(self, capsule, int n_threads):
         self.call = <const decoder_steps*>PyCapsule_GetPointer(capsule, b"bitnet_ref.steps/1")
         self.n_threads = n_threads
+
+    def take_product_ns(self):
+        """Time that products inside of `project` and `feed_forward` took since this was asked last, in ns.
+
+        With them the rescaling of their sums and the gate, which the same threads do.
+        """
+        taken, self.product_ns = self.product_ns, 0
+        return taken
 
     def rms_norm(self, x, weight, float eps, float offset=0.0):
         """As reference.norm.rms_norm; weight float32."""
@@ -141,6 +219,187 @@ cdef class Steps:
         for t in prange(rows, nogil=True, num_threads=self.n_threads, schedule='static'):
             self.call.rescale(source + t * m, target + t * m, m, scale[t] * w_scale)
         return y
+
+    cdef int _input(self, const float* x, const float* weight, float eps, float offset, float* normed, const matrix_t* a,
+                    char* memory, input_t* out) noexcept nogil:
+        # Norm, quantiser and tables. Returns 0 if a value is not finite.
+        cdef signed char* x_q = <signed char*>(memory + (-<Py_ssize_t>memory & 63))
+        cdef Py_ssize_t padded = a.n_blocks * a.block, chunk, i
+        cdef signed char* tables = x_q + padded + (-padded & 63)
+        if not self.call.norm_quantize(x, weight, normed, x_q, &out.scale, &out.sum, a.k, eps, offset):
+            return 0
+        memset(x_q + a.k, 0, padded - a.k)
+        out.operand = x_q
+        if a.build != NULL:
+            chunk = (a.n_blocks + self.n_threads - 1) // self.n_threads
+            for i in prange(self.n_threads, num_threads=self.n_threads, schedule='static', chunksize=1):
+                if i * chunk < a.n_blocks:
+                    a.build(x_q + i * chunk * a.block, tables + i * chunk * TABLE_BYTES, min(chunk, a.n_blocks - i * chunk))
+            out.operand = tables
+        return 1
+
+    cdef Py_ssize_t _share(self, const matrix_t* a, const input_t* x, Py_ssize_t worker, int* sums,
+                           Py_ssize_t* first) noexcept nogil:
+        # Multiply one thread's tiles, a contiguous run; gives the first of its rows and how many there are.
+        cdef Py_ssize_t start = a.n_tiles * worker // self.n_threads, end = a.n_tiles * (worker + 1) // self.n_threads
+        if end > start:
+            a.multiply(a.w + start * a.w_stride, a.w_stride, x.operand, 0, &x.sum, sums + start * a.rows, 0, end - start,
+                       a.n_blocks, 1)
+        first[0] = start * a.rows
+        return min(end * a.rows, a.m) - first[0]
+
+    def project(self, x, weight, float eps, float offset, tuple matrices, residual=None):
+        """One token through a norm and the linear layers that read it: [linear(rms_norm(x), matrix) for each matrix].
+
+        Parameters
+        ----------
+        x : float32 (1, K)
+        weight : float32 (K,) or None
+            Of the norm; none without.
+        matrices : tuple of one to three Matrix of K columns and one packing
+        residual : float32 (1, M), optional
+            Added to the result of the only matrix.
+
+        Returns
+        -------
+        tuple of float32 (1, M)
+        """
+        cdef matrix_t about[MOST_TOGETHER]
+        cdef float* target[MOST_TOGETHER]
+        cdef int* sums[MOST_TOGETHER]
+        cdef Py_ssize_t n = len(matrices), j, worker, first, count, size = 0
+        cdef _View a = _contiguous(x, float32, "x", 2), w = None, r = None
+        if not 1 <= n <= MOST_TOGETHER or residual is not None and n > 1:
+            raise ValueError(f"one to {MOST_TOGETHER} matrices read a token, one with a residual, got {n}")
+        out, views = [], []
+        for j in range(n):
+            about[j] = (<Matrix?>matrices[j]).about
+            if about[j].k != about[0].k or about[j].block != about[0].block or about[j].build != about[0].build:
+                raise ValueError("matrices that read the same token must have the same K and packing")
+            out.append(np.empty((1, about[j].m), float32))
+            views.append(_View(out[j], float32, "y"))
+            target[j] = <float*>(<_View>views[j]).buffer.buf
+            size += about[j].n_tiles * about[j].rows
+        cdef Py_ssize_t k = about[0].k
+        if a.size(0) != 1 or a.size(1) != k:
+            raise ValueError(f"x must have shape (1, {k}), got {x.shape}")
+        cdef const float* norm = NULL
+        cdef const float* added = NULL
+        if weight is not None:
+            w = _contiguous(weight, float32, "weight", 1)
+            if w.size(0) != k:
+                raise ValueError(f"weight must have shape ({k},), got {weight.shape}")
+            norm = <const float*>w.buffer.buf
+        if residual is not None:
+            r = _contiguous(residual, float32, "residual", 2)
+            if r.size(0) != 1 or r.size(1) != about[0].m:
+                raise ValueError(f"residual must have shape (1, {about[0].m}), got {residual.shape}")
+            added = <const float*>r.buffer.buf
+        cdef char* memory = <char*>malloc(4 * (k + size) + input_bytes(about))
+        if memory == NULL:
+            raise MemoryError("no memory for the activations of a layer")
+        cdef float* normed = <float*>memory
+        sums[0] = <int*>memory + k
+        for j in range(1, n):
+            sums[j] = sums[j - 1] + about[j - 1].n_tiles * about[j - 1].rows
+        cdef const float* source = <const float*>a.buffer.buf
+        cdef input_t token
+        cdef int finite
+        with nogil:
+            finite = self._input(source, norm, eps, offset, normed, about, memory + 4 * (k + size), &token)
+            if finite:
+                self._project_shares(about, n, &token, sums, added, target)
+        free(memory)
+        if not finite:
+            raise ValueError("x must be finite in float32, got NaN or infinity")
+        return tuple(out)
+
+    cdef void _project_shares(self, const matrix_t* about, Py_ssize_t n, const input_t* token, int** sums,
+                              const float* added, float** target) noexcept nogil:
+        cdef double start = now_ns()
+        cdef Py_ssize_t worker
+        for worker in prange(self.n_threads, num_threads=self.n_threads, schedule='static', chunksize=1):
+            self._project_share(about, n, token, worker, sums, added, target)
+        self.product_ns += now_ns() - start
+
+    cdef void _project_share(self, const matrix_t* about, Py_ssize_t n, const input_t* token, Py_ssize_t worker, int** sums,
+                             const float* added, float** target) noexcept nogil:
+        cdef Py_ssize_t j, first, count
+        for j in range(n):
+            count = self._share(about + j, token, worker, sums[j], &first)
+            if count <= 0:
+                continue
+            if added != NULL:
+                self.call.rescale_add(sums[j] + first, added + first, target[j] + first, count,
+                                      token.scale * about[j].scale)
+            else:
+                self.call.rescale(sums[j] + first, target[j] + first, count, token.scale * about[j].scale)
+
+    def feed_forward(self, x, weight, sub_weight, float eps, float offset, Matrix gate, Matrix up, Matrix down,
+                     str activation):
+        """One token through the gated feed-forward network, added to itself; x float32 (1, K).
+
+        ``x + linear(rms_norm(activate(linear(a, gate)) * linear(a, up), sub_weight), down)``, a = rms_norm(x, weight);
+        without the inner norm if sub_weight is None.
+        """
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be relu2, silu or gelu_tanh, got {activation!r}")
+        cdef int kind = ACTIVATIONS[activation], finite
+        cdef double start
+        cdef _View a = _contiguous(x, float32, "x", 2), w = _contiguous(weight, float32, "weight", 1), s = None
+        cdef Py_ssize_t k = gate.about.k, ffn = gate.about.m, worker
+        cdef Py_ssize_t padded = gate.about.n_tiles * gate.about.rows
+        cdef Py_ssize_t size = max(k, ffn) + 2 * padded + ffn + down.about.n_tiles * down.about.rows
+        if (up.about.k != k or up.about.m != ffn or up.about.block != gate.about.block or up.about.rows != gate.about.rows
+                or up.about.build != gate.about.build or down.about.k != ffn or down.about.m != k):
+            raise ValueError("gate and up must have the same shape and packing, and down the transposed shape")
+        if a.size(0) != 1 or a.size(1) != k or w.size(0) != k:
+            raise ValueError(f"x must have shape (1, {k}) and weight ({k},), got {x.shape} and {weight.shape}")
+        cdef const float* inner = NULL
+        if sub_weight is not None:
+            s = _contiguous(sub_weight, float32, "sub_weight", 1)
+            if s.size(0) != ffn:
+                raise ValueError(f"sub_weight must have shape ({ffn},), got {sub_weight.shape}")
+            inner = <const float*>s.buffer.buf
+        y = np.empty((1, k), float32)
+        cdef _View b = _View(y, float32, "y")
+        cdef Py_ssize_t input_size = max(input_bytes(&gate.about), input_bytes(&down.about))
+        cdef char* memory = <char*>malloc(4 * size + input_size)
+        if memory == NULL:
+            raise MemoryError("no memory for the activations of a layer")
+        cdef float* normed = <float*>memory
+        cdef int* gate_sums = <int*>memory + max(k, ffn)
+        cdef int* up_sums = gate_sums + padded
+        cdef float* gated = <float*>(up_sums + padded)
+        cdef int* down_sums = <int*>(gated + ffn)
+        cdef const float* source = <const float*>a.buffer.buf
+        cdef const float* norm = <const float*>w.buffer.buf
+        cdef float* target = <float*>b.buffer.buf
+        cdef input_t token
+        cdef char* rest = memory + 4 * size
+        with nogil:
+            finite = self._input(source, norm, eps, offset, normed, &gate.about, rest, &token)
+            if finite:
+                start = now_ns()
+                for worker in prange(self.n_threads, num_threads=self.n_threads, schedule='static', chunksize=1):
+                    self._gate_share(&gate.about, &up.about, &token, worker, gate_sums, up_sums, gated, kind)
+                self.product_ns += now_ns() - start
+                finite = self._input(gated, inner, eps, offset, normed, &down.about, rest, &token)
+            if finite:
+                self._project_shares(&down.about, 1, &token, &down_sums, source, &target)
+        free(memory)
+        if not finite:
+            raise ValueError("x must be finite in float32, got NaN or infinity")
+        return y
+
+    cdef void _gate_share(self, const matrix_t* gate, const matrix_t* up, const input_t* token, Py_ssize_t worker,
+                          int* gate_sums, int* up_sums, float* gated, int kind) noexcept nogil:
+        cdef Py_ssize_t first, count
+        self._share(gate, token, worker, gate_sums, &first)
+        count = self._share(up, token, worker, up_sums, &first)
+        if count > 0:
+            self.call.gate(gate_sums + first, up_sums + first, gated + first, count, token.scale * gate.scale,
+                           token.scale * up.scale, kind)
 
     def rotate(self, x, cos, sin):
         """As reference.rope.rotate."""

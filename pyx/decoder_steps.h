@@ -37,6 +37,10 @@ typedef struct {
     void (*norm)(const float *x, const float *weight, float *y, ptrdiff_t k, float eps, float offset);
     int (*quantize)(const float *x, int8_t *x_q, float *x_scale, ptrdiff_t k);
     void (*rescale)(const int32_t *sums, float *y, ptrdiff_t m, float scale);
+    int (*norm_quantize)(const float *x, const float *weight, float *normed, int8_t *x_q, float *x_scale, int32_t *x_sum,
+                         ptrdiff_t k, float eps, float offset);
+    void (*rescale_add)(const int32_t *sums, const float *x, float *y, ptrdiff_t m, float scale);
+    void (*gate)(const int32_t *gate, const int32_t *up, float *y, ptrdiff_t m, float gate_scale, float up_scale, int kind);
     void (*rotate)(const float *x, const float *cosine, const float *sine, float *y, ptrdiff_t heads, ptrdiff_t half);
     void (*activate)(const float *x, float *y, ptrdiff_t n, int kind);
     void (*attend)(const float *q, ptrdiff_t heads, const char *k, ptrdiff_t k_stride, const char *v,
@@ -193,6 +197,25 @@ static void step_rescale(const int32_t *sums, float *y, ptrdiff_t m, float scale
     for (ptrdiff_t i = 0; i < m; i++) y[i] = (float)sums[i] * scale;
 }
 
+/* Norm (unless weight is NULL), quantiser, and the sum of the int8 values. Returns 0 if a value is not finite. */
+static int step_norm_quantize(const float *x, const float *weight, float *normed, int8_t *x_q, float *x_scale,
+                              int32_t *x_sum, ptrdiff_t k, float eps, float offset) {
+    if (weight != NULL) {
+        step_norm(x, weight, normed, k, eps, offset);
+        x = normed;
+    }
+    int32_t sum = 0;
+    const int finite = step_quantize(x, x_q, x_scale, k);
+    if (finite)
+        for (ptrdiff_t i = 0; i < k; i++) sum += x_q[i];
+    *x_sum = sum;
+    return finite;
+}
+
+static void step_rescale_add(const int32_t *sums, const float *x, float *y, ptrdiff_t m, float scale) {
+    for (ptrdiff_t i = 0; i < m; i++) y[i] = x[i] + (float)sums[i] * scale;
+}
+
 static void step_rotate(const float *x, const float *cosine, const float *sine, float *y, ptrdiff_t heads,
                         ptrdiff_t half) {
     for (ptrdiff_t h = 0; h < heads; h++, x += 2 * half, y += 2 * half)
@@ -220,6 +243,18 @@ static void step_activate(const float *x, float *y, ptrdiff_t n, int kind) {
         for (ptrdiff_t i = 0; i < n; i++) y[i] = gated(x[i], 0);
     else
         for (ptrdiff_t i = 0; i < n; i++) y[i] = gated(x[i], 1);
+}
+
+/* activation(gate) * up */
+static void step_gate(const int32_t *gate, const int32_t *up, float *y, ptrdiff_t m, float gate_scale, float up_scale,
+                      int kind) {
+    float part[256];
+    for (ptrdiff_t i = 0; i < m; i += 256) {
+        const ptrdiff_t n = m - i < 256 ? m - i : 256;
+        step_rescale(gate + i, part, n, gate_scale);
+        step_activate(part, y + i, n, kind);
+        for (ptrdiff_t j = 0; j < n; j++) y[i + j] *= (float)up[i + j] * up_scale;
+    }
 }
 
 /* ---- attention of one token's query heads that share a key/value head ---------------------------------------------- */
@@ -778,8 +813,8 @@ static void step_head_integer(const uint8_t *w, ptrdiff_t row_bytes, ptrdiff_t r
 /* ---- what a module exports ------------------------------------------------------------------------------------------ */
 
 static const decoder_steps the_decoder_steps = {
-    step_norm, step_quantize, step_rescale, step_rotate, step_activate, step_attend, step_head, step_head_prepare,
-    step_head_integer,
+    step_norm,   step_quantize, step_rescale, step_norm_quantize, step_rescale_add,  step_gate,
+    step_rotate, step_activate, step_attend,  step_head,          step_head_prepare, step_head_integer,
 };
 
 #endif /* DECODER_STEPS_LOOPS */

@@ -334,6 +334,13 @@ def bench() -> None:
 @click.option("--threads", multiple=True, type=click.IntRange(min=1), help="May be given several times.")
 @click.option("--prompt", "n_prompt", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens to read.")
 @click.option("--generate", "n_generate", type=click.IntRange(min=1), default=32, show_default=True, help="To write.")
+@click.option(
+    "--depth",
+    "depths",
+    multiple=True,
+    type=click.IntRange(min=0),
+    help="Also time steps with so many tokens before them.",
+)
 @scheme_option
 @head_option
 @cache_option
@@ -347,6 +354,7 @@ def bench_model(
     threads: tuple[int, ...],
     n_prompt: int,
     n_generate: int,
+    depths: tuple[int, ...],
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -377,11 +385,13 @@ def bench_model(
             n_prompt,
             n_generate,
             threads or (None,),
+            depths,
             progress=lambda label, fraction: progress.update(task, description=label, completed=fraction),
         )
     if as_json:
         words = ["bitnet-ref", "bench", "model", *([str(model.name)] if model else ["--preset", preset, "--random"])]
         words += [f"--threads={n}" for n in threads] + [f"--prompt={n_prompt}", f"--generate={n_generate}"]
+        words += [f"--depth={depth}" for depth in depths]
         words += [f"--scheme={options['scheme']}", f"--head={options['head']}", f"--cache={options['cache']}"]
         emit({"record": record(shlex.join(words)), "model": what, **options, "rows": rows})
         return
@@ -398,6 +408,8 @@ def bench_model(
         ),
         "products": lambda r: f"{r['product_fraction']:.0%}",
         "head": lambda r: f"{r['head_fraction']:.0%}",
+        "attention": lambda r: f"{r['attention_fraction']:.1%}",
+        "other": lambda r: f"{r['other_fraction']:.1%}",
         "Python": lambda r: f"{r['python_fraction']:.1%}",
         "peak RSS": lambda r: f"{r['peak_resident_bytes'] / 1e6:.0f} MB",
     }
@@ -406,6 +418,14 @@ def bench_model(
     for row in rows:
         table.add_row(*(show(row) for show in columns.values()))
     console.print(table)
+    for row in rows:
+        for at in row["depths"]:
+            console.print(
+                f"{row['threads']} thread(s), {at['depth']:,} tokens before: {at['decode_step_ns'] / 1e6:.1f} ms, "
+                f"products {at['product_fraction']:.0%}, head {at['head_fraction']:.0%}, attention "
+                f"{at['attention_fraction']:.0%}, other {at['other_fraction']:.1%}, Python {at['python_fraction']:.1%}",
+                highlight=False,
+            )
 
 
 def _short(name: str) -> str:

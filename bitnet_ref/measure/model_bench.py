@@ -8,8 +8,10 @@ Method
   Figures are medians, with quartiles.
 - Bytes read per token are counted, not measured: all ternary matrices, the head, and the keys and values of the tokens
   so far. That over the time of a step, as a share of the probe, is ``read_bandwidth_fraction``.
-- In further steps every compiled call is timed from outside. What remains of a step is Python: ``python_fraction``. The
-  timers themselves count as Python.
+- In further steps every compiled call is timed from outside, and products inside of fused steps from within. What
+  remains of a step beside compiled calls is Python: ``python_fraction``. The timers themselves count as Python.
+- Depths of context are made, not read: keys and values are drawn at random, since time does not depend on their values.
+- The peak of resident memory is taken before the array of the read probe exists.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ def measure_model(
     n_prompt: int = 64,
     n_generate: int = 32,
     threads: Sequence[int | None] = (None,),
+    depths: Sequence[int] = (),
     progress: Callable[[str, float], None] | None = None,
 ) -> list[dict[str, object]]:
     """Time a model.
@@ -47,6 +50,8 @@ def measure_model(
         Tokens of the prompt and tokens that are then written; together at most the context.
     threads : sequence of int or None
         As in :func:`bitnet_ref.kernels.resolve_threads`.
+    depths : sequence of int
+        Tokens in the cache at which eight further steps each are timed.
     progress : callable(label, fraction done), optional
 
     Returns
@@ -55,7 +60,8 @@ def measure_model(
         kind, threads, n_prompt, n_generate, prefill_tokens_per_s, decode_tokens_per_s, decode_step_ns (median),
         low_ns, high_ns (quartiles), layer_bytes, head_bytes, cache_bytes (read by a step, mean), bytes_per_token,
         read_bandwidth_bytes_per_s, read_bandwidth_fraction, python_fraction, product_fraction, head_fraction,
-        attention_fraction, peak_resident_bytes.
+        attention_fraction, other_fraction, peak_resident_bytes, depths: list of dict with depth, decode_step_ns and the
+        five fractions.
 
     Raises
     ------
@@ -67,9 +73,11 @@ def measure_model(
             f"prompt and generated tokens must each be at least 1 and together at most {model.config.context}, "
             f"got {n_prompt} and {n_generate}"
         )
+    if not all(0 <= depth < model.config.context for depth in depths):
+        raise ValueError(f"depths must lie between 0 and {model.config.context - 1} tokens, got {list(depths)}")
     report = progress or (lambda label, fraction: None)
     prompt = np.random.default_rng(0).integers(0, model.config.vocabulary, n_prompt)
-    words = np.ones(_PROBE_BYTES // 8, np.uint64)
+    words, peak = None, 0
     rows = []
     for index, count in enumerate(threads):
         n_threads = kernels.resolve_threads(count)
@@ -81,6 +89,11 @@ def measure_model(
         start = time.perf_counter_ns()
         logits = runner.prefill(prompt, cache)
         prefill_ns = time.perf_counter_ns() - start
+        if words is None:
+            runner.forward([0], cache)
+            cache.length = n_prompt
+            peak = peak_resident_bytes()
+            words = np.ones(_PROBE_BYTES // 8, np.uint64)
         steps, probes = [], []
         for i in range(n_generate):
             report(f"{n_threads} thread(s), token {i + 1}", (index + (i + 1) / n_generate) / len(threads))
@@ -115,10 +128,28 @@ def measure_model(
                 "read_bandwidth_bytes_per_s": bandwidth,
                 "read_bandwidth_fraction": total_bytes / float(median) * 1e9 / bandwidth,
                 **_shares(model, n_threads, cache),
-                "peak_resident_bytes": peak_resident_bytes(),
+                "peak_resident_bytes": peak,
+                "depths": [_at_depth(model, n_threads, depth) for depth in depths],
             }
         )
     return rows
+
+
+def _at_depth(model: Model, n_threads: int, depth: int) -> dict[str, object]:
+    """Steps with `depth` tokens of random keys and values before them."""
+    cache, c = model.new_cache(depth + 1), model.config
+    rng = np.random.default_rng(0)
+    if depth:
+        for layer in range(c.layers):
+            cache.store(layer, *rng.standard_normal((2, depth, c.kv_heads, c.head_dim), np.float32))
+        cache.advance(depth)
+    runner, steps = model.with_threads(n_threads), []
+    for _ in range(9):
+        cache.length = depth
+        start = time.perf_counter_ns()
+        runner.forward([0], cache)
+        steps.append(time.perf_counter_ns() - start)
+    return {"depth": depth, "decode_step_ns": float(np.median(steps[1:])), **_shares(model, n_threads, cache)}
 
 
 def _shares(model: Model, n_threads: int, cache: Any) -> dict[str, float]:
@@ -139,12 +170,15 @@ def _shares(model: Model, n_threads: int, cache: Any) -> dict[str, float]:
     for _ in range(8):
         cache.length -= 1  # the last token again
         spent.clear()
+        runner.take_product_ns()
         start = time.perf_counter_ns()
         runner.forward([0], cache)
         total = time.perf_counter_ns() - start
-        parts = (total - sum(spent.values()), spent["product"], spent["head"], spent["attention"])
-        shares.append([part / total for part in parts])
-    names = ("python_fraction", "product_fraction", "head_fraction", "attention_fraction")
+        python = total - sum(spent.values())
+        products = spent["product"] + runner.take_product_ns()
+        rest = total - python - products - spent["head"] - spent["attention"]
+        shares.append([part / total for part in (python, products, spent["head"], spent["attention"], rest)])
+    names = ("python_fraction", "product_fraction", "head_fraction", "attention_fraction", "other_fraction")
     return dict(zip(names, np.median(shares, axis=0).tolist(), strict=True))
 
 

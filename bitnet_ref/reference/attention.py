@@ -12,6 +12,7 @@ from bitnet_ref.reference.config import ModelConfig
 __all__ = ["KVCache", "attention"]
 
 _FLOAT16_MAX = 65504.0
+_FIRST_TOKENS = 128  # that a new cache has memory for
 
 Trace = Callable[[str, np.ndarray], None]
 
@@ -48,10 +49,23 @@ class KVCache:
         if np.dtype(dtype) not in (np.float32, np.float16):
             raise TypeError(f"a cache must be float32 or float16, got {np.dtype(dtype)}")
         # In memory the tokens of one head follow each other, which is the order that attention reads.
-        shape = (config.layers, config.kv_heads, capacity, config.head_dim)
+        shape = (config.layers, config.kv_heads, min(capacity, _FIRST_TOKENS), config.head_dim)
         self._keys, self._values = (np.zeros(shape, dtype).swapaxes(1, 2) for _ in range(2))  # (L, S, KV, D)
         self.capacity = capacity
         self.length = 0
+
+    def _reserve(self, n: int) -> None:
+        """Make room for n tokens. Memory grows with them: a system may give out whole large pages, one for each head."""
+        held = self._keys.shape[1]
+        if n <= held:
+            return
+        n = min(self.capacity, max(n, 2 * held))
+        layers, _, kv, d = self._keys.shape
+        for name in ("_keys", "_values"):
+            old = getattr(self, name)
+            new = np.zeros((layers, kv, n, d), old.dtype).swapaxes(1, 2)
+            new[:, :held] = old
+            setattr(self, name, new)
 
     def positions(self, t: int) -> np.ndarray:
         """Positions of the next `t` tokens, shape (t,); ValueError if the cache has no room for them."""
@@ -83,6 +97,7 @@ class KVCache:
             raise ValueError(
                 f"keys and values must be within {_FLOAT16_MAX:,.0f} to be kept as float16, got larger ones"
             )
+        self._reserve(end)
         self._keys[layer, self.length : end] = k
         self._values[layer, self.length : end] = v
         return self._keys[layer, :end], self._values[layer, :end]

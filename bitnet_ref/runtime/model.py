@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from bitnet_ref import kernels
-from bitnet_ref.formats.float_types import FLOAT_TYPES, encode_floats
+from bitnet_ref.formats.float_types import FLOAT_TYPES, check_float_type, encode_floats, row_bytes
 from bitnet_ref.reference.attention import KVCache
 from bitnet_ref.reference.config import ModelConfig
 from bitnet_ref.reference.head import TABLE_TYPES, FloatTable
@@ -185,11 +186,8 @@ class Model:
                 weights[name] = np.full(shape, 0 if name.endswith(".bias") else 1 - config.norm_offset, np.float32)
             elif name in (EMBEDDING, HEAD):
                 scale = np.float32(shape[1] ** -0.5)
-                pieces = []
-                for rows in _pieces(shape):
-                    values = rng.standard_normal((rows, shape[1]), np.float32) * scale
-                    pieces.append(encode_floats(name, values, stored).reshape(rows, -1))
-                weights[name] = FloatTable(np.concatenate(pieces), stored, shape[1])
+                drawn = (rng.standard_normal((rows, shape[1]), np.float32) * scale for rows in _pieces(shape))
+                weights[name] = _encoded(name, drawn, shape, stored)
             else:
                 w_q = rng.integers(-1, 2, shape, np.int8)
                 weights[name] = (pack(w_q, scheme), np.float32((1.5 / shape[1]) ** 0.5))
@@ -208,15 +206,18 @@ class Model:
         ----------
         n_threads : int, optional
         wrap : callable(name, function) -> function, optional
-            Put around every compiled function, to time it: ``product`` for the products with ternary matrices, and the
-            names of the steps, ``head`` among them.
+            Put around every compiled function, to time it: ``product`` for products with ternary matrices that are
+            calls of their own, and the names of the steps, ``head`` among them. ``take_product_ns`` of the new model
+            gives the time of the products inside of steps since it was called last.
         """
         other = copy.copy(self)
         other.n_threads = kernels.resolve_threads(n_threads)
         other._ops = load_steps(n_threads, self._isa)
         if wrap is not None:
-            names = [name for name in dir(other._ops) if not name.startswith("_")]
-            other._ops = SimpleNamespace(**{name: wrap(name, getattr(other._ops, name)) for name in names})
+            ops = other._ops
+            names = [name for name in dir(ops) if not name.startswith("_") and name != "take_product_ns"]
+            other._ops = SimpleNamespace(**{name: wrap(name, getattr(ops, name)) for name in names})
+            other.take_product_ns = ops.take_product_ns
         other.steps = compiled_steps(other._ops)
         other.weights = {
             name: TernaryLayer(w.w_packed, w.w_scale, other._ops, other.n_threads, wrap)
@@ -324,13 +325,20 @@ _CACHES = {"f32": np.float32, "f16": np.float16}
 
 def encode_table(name: str, values: np.ndarray, stored: str) -> FloatTable:
     """A float matrix as a table of that type, encoded in pieces."""
-    pieces = []
+    starts = np.cumsum([0, *_pieces(values.shape)])
+    parts = (np.ascontiguousarray(values[i:j], np.float32) for i, j in itertools.pairwise(starts))
+    return _encoded(name, parts, values.shape, stored)
+
+
+def _encoded(name: str, parts: Iterable[np.ndarray], shape: tuple[int, ...], stored: str) -> FloatTable:
+    """Rows that come in parts, as one table; beside it there is memory for one part."""
+    check_float_type(name, shape[1], stored)
+    raw = np.empty((shape[0], row_bytes(shape[1], stored)), np.uint8)
     start = 0
-    for rows in _pieces(values.shape):
-        part = np.ascontiguousarray(values[start : start + rows], np.float32)
-        pieces.append(encode_floats(name, part, stored).reshape(rows, -1))
-        start += rows
-    return FloatTable(np.concatenate(pieces), stored, values.shape[1])
+    for part in parts:
+        raw[start : start + len(part)] = encode_floats(name, part, stored).reshape(len(part), -1)
+        start += len(part)
+    return FloatTable(raw, stored, shape[1])
 
 
 def _pieces(shape: tuple[int, ...]) -> list[int]:

@@ -18,13 +18,15 @@ import numpy as np
 from bitnet_ref import kernels
 from bitnet_ref._native import _table
 from bitnet_ref._native import matmul as _matmul
+from bitnet_ref._native.decoder_ops import Matrix
 from bitnet_ref._native.decoder_ops import Steps as CompiledSteps
 from bitnet_ref.errors import KernelUnavailable
 from bitnet_ref.kernels import ISAS
 from bitnet_ref.reference.attention import attention as reference_attention
 from bitnet_ref.reference.head import FloatTable, head_logits
 from bitnet_ref.reference.matmul import checked_scale
-from bitnet_ref.reference.model import Steps
+from bitnet_ref.reference import model as network
+from bitnet_ref.reference.model import Block, Steps
 from bitnet_ref.reference.model import linear as reference_linear
 from bitnet_ref.reference.packing import PackedTernary, get_scheme
 
@@ -76,7 +78,50 @@ def compiled_steps(ops: CompiledSteps) -> Steps:
         table = table.head if isinstance(table, TiedTable) else table
         return ops.head(x, table.raw, table.type) if isinstance(table, FloatTable) else plain_head(x, table)
 
-    return Steps(rms_norm=ops.rms_norm, rotate=ops.rotate, attention=attention, activate=ops.activate, head=head)
+    def matrices(block: Block, x: np.ndarray, *tensors: str) -> tuple[Matrix, ...]:
+        """What the fused steps multiply by; nothing if they must not be fused: several tokens, a trace, other layers."""
+        if len(x) > 1 or block.trace is not None:
+            return ()
+        layers = [block.weight(tensor) for tensor in tensors]
+        found = tuple(layer.matrix for layer in layers if isinstance(layer, TernaryLayer) and layer.matrix is not None)
+        return found if len(found) == len(tensors) else ()
+
+    def attention_inputs(block: Block, x: np.ndarray) -> tuple[np.ndarray, ...]:
+        config = block.config
+        found = (
+            () if config.qkv_bias else matrices(block, x, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        )
+        if not found:
+            return network.attention_inputs(block, x)
+        return ops.project(x, block.weight("input_layernorm"), config.norm_eps, config.norm_offset, found)
+
+    def attention_output(block: Block, a: np.ndarray, x: np.ndarray) -> np.ndarray:
+        config = block.config
+        found = () if config.post_norms else matrices(block, a, "self_attn.o_proj")
+        if not found:
+            return network.attention_output(block, a, x)
+        weight = block.weight("self_attn.attn_sub_norm") if config.sub_norm else None
+        return ops.project(a, weight, config.norm_eps, config.norm_offset, found, x)[0]
+
+    def feed_forward(block: Block, x: np.ndarray) -> np.ndarray:
+        config = block.config
+        found = () if config.post_norms else matrices(block, x, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+        if not found:
+            return network.feed_forward(block, x)
+        weight = block.weight("post_attention_layernorm")
+        inner = block.weight("mlp.ffn_sub_norm") if config.sub_norm else None
+        return ops.feed_forward(x, weight, inner, config.norm_eps, config.norm_offset, *found, config.activation)
+
+    return Steps(
+        rms_norm=ops.rms_norm,
+        rotate=ops.rotate,
+        attention=attention,
+        activate=ops.activate,
+        head=head,
+        attention_inputs=attention_inputs,
+        attention_output=attention_output,
+        feed_forward=feed_forward,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +179,11 @@ class TernaryLayer:
         self.w_packed = w_packed
         self.w_scale = checked_scale(w_scale)
         self._ops = ops
+        # What the fused steps of one token multiply by; longer rows are cut, which only the general product does.
+        self.matrix: Matrix | None = None
+        if k <= kernels.SEGMENT_COLUMNS:
+            capsules = kernels.select("gemv", w_packed.scheme).capsules()
+            self.matrix = Matrix(*capsules, w_packed.data, m, k, scheme.rows, scheme.block, float(self.w_scale))
         self._one, self._many = (
             functools.partial(
                 _product,

@@ -15,15 +15,15 @@ from bitnet_ref.reference.attention import KVCache, attention
 from bitnet_ref.reference.config import ModelConfig
 from bitnet_ref.reference.head import TABLE_TYPES, FloatTable, decode_rows, head_logits
 from bitnet_ref.reference.mlp import activate
-from bitnet_ref.reference.model import Steps, forward, generate_greedy, random_weights, ternary_weights
+from bitnet_ref.reference.model import Steps, forward, generate_greedy, linear, random_weights, ternary_weights
 from bitnet_ref.reference.norm import rms_norm
-from bitnet_ref.reference.packing import schemes
+from bitnet_ref.reference.packing import pack, schemes
 from bitnet_ref.reference.quantize import quantize_activations
 from bitnet_ref.reference.rope import frequencies, rotate, rotations
 from bitnet_ref.runtime.model import HEADS, PREFILL_TOKENS, Model
 from bitnet_ref.runtime.perplexity import perplexity
 from bitnet_ref.runtime.sampling import Sampler, log_softmax
-from bitnet_ref.runtime.steps import load_steps, step_isas
+from bitnet_ref.runtime.steps import TernaryLayer, load_steps, step_isas
 
 BITNET = ModelConfig(
     architecture="test",
@@ -267,6 +267,61 @@ def test_steps_refuse_wrong_arguments():
         ops.rotate(normal(2, 3, 8), normal(2, 1, 3), normal(2, 1, 3))
     with pytest.raises(KernelUnavailable, match="neon9"):
         load_steps(1, "neon9")
+
+
+@every_isa
+@pytest.mark.parametrize("n_threads", [1, 3])
+@pytest.mark.parametrize("scheme", schemes())
+def test_fused_steps_equal_the_reference(isa, n_threads, scheme):
+    """One token through a norm and layers of odd shapes, against the same made of the reference's parts."""
+    ops, rng = load_steps(n_threads, isa), np.random.default_rng(3)
+    shapes = ((37, 130), (5, 130), (130, 130), (37, 130), (37, 130), (130, 37))
+    drawn = [rng.integers(-1, 2, shape, np.int8) for shape in shapes]
+    packed = [(pack(w_q, scheme), np.float32(0.01 * i)) for i, w_q in enumerate(drawn, 1)]
+    layers = [TernaryLayer(*pair, ops, n_threads) for pair in packed]
+    x, weight, inner = normal(1, 130, scale=2), normal(130, seed=1), normal(37, seed=2)
+    for norm in (weight, None):
+        a = x if norm is None else rms_norm(x, norm, 1e-5, 1.0)
+        got = ops.project(x, norm, 1e-5, 1.0, tuple(layer.matrix for layer in layers[:3]))
+        for y, pair in zip(got, packed, strict=False):
+            np.testing.assert_array_equal(y, linear(a, pair))
+        (y,) = ops.project(x, norm, 1e-5, 1.0, (layers[2].matrix,), x)
+        np.testing.assert_array_equal(y, x + linear(a, packed[2]))
+    for activation in ("relu2", "silu"):
+        for sub in (inner, None):
+            a = rms_norm(x, weight, 1e-5)
+            a = activate(linear(a, packed[3]), activation) * linear(a, packed[4])
+            expected = x + linear(a if sub is None else rms_norm(a, sub, 1e-5), packed[5])
+            gate, up, down = (layer.matrix for layer in layers[3:])
+            got = ops.feed_forward(x, weight, sub, 1e-5, 0.0, gate, up, down, activation)
+            np.testing.assert_array_equal(got, expected)
+    bad = x.copy()
+    bad[0, 7] = np.nan
+    for call in (
+        lambda x: ops.project(x, weight, 1e-5, 0.0, (layers[0].matrix,)),
+        lambda x: ops.feed_forward(x, weight, inner, 1e-5, 0.0, gate, up, down, "relu2"),
+    ):
+        with pytest.raises(ValueError, match="x must be finite"):
+            call(bad)
+        with pytest.raises(ValueError, match="x must have shape"):
+            call(normal(1, 129))
+    with pytest.raises(ValueError, match="the same K and packing"):
+        ops.project(x, None, 1e-5, 0.0, (layers[0].matrix, layers[5].matrix))
+    with pytest.raises(ValueError, match="transposed shape"):
+        ops.feed_forward(x, weight, None, 1e-5, 0.0, gate, down, up, "relu2")
+
+
+def test_a_cache_grows_with_its_tokens():
+    """Not with its capacity; what it holds stays."""
+    cache = KVCache(dataclasses.replace(BITNET, context=1 << 20))
+    k = normal(400, 2, 14)
+    for start, end in ((0, 3), (3, 130), (130, 400)):
+        for layer in (0, 1):
+            keys, values = cache.store(layer, k[start:end], -k[start:end])
+            np.testing.assert_array_equal(keys, k[:end])
+            np.testing.assert_array_equal(values, -k[:end])
+        cache.advance(end - start)
+    assert cache._keys.nbytes <= 2 * 2 * k.nbytes  # two layers, at most twice the tokens
 
 
 # --- the model ------------------------------------------------------------------------------------------------------

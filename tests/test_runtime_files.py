@@ -217,12 +217,18 @@ def test_convert_command(folder, tmp_path):
 
 def test_bench_command(folder):
     arguments = ("model", folder, "--threads", 1, "--threads", 2, "--prompt", 5, "--generate", 4, "--json")
+    arguments += ("--depth", 0, "--depth", 9)
     rows = json.loads(run("bench", *arguments).stdout)["rows"]
     assert [row["threads"] for row in rows] == [1, 2]
     for row in rows:
         assert row["bytes_per_token"] == row["layer_bytes"] + row["head_bytes"] + row["cache_bytes"]
         assert row["cache_bytes"] == 2 * 2 * 2 * 64 * 4 * 7.5
-        assert 0 < row["python_fraction"] < 1 and row["low_ns"] <= row["decode_step_ns"] <= row["high_ns"]
+        assert row["low_ns"] <= row["decode_step_ns"] <= row["high_ns"]
+        assert [at["depth"] for at in row["depths"]] == [0, 9]
+        for part in (row, *row["depths"]):
+            fractions = [value for name, value in part.items() if name.endswith("_fraction") and "read" not in name]
+            # Medians of five shares, each of the same steps.
+            assert len(fractions) == 5 and min(fractions) > 0 and sum(fractions) == pytest.approx(1, abs=0.2)
     assert "decode tok/s" in run("bench", "model", folder, "--threads", 1, "--prompt", 2, "--generate", 2).stdout
 
 

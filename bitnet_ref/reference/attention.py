@@ -55,7 +55,7 @@ class KVCache:
         self.length = 0
 
     def _reserve(self, n: int) -> None:
-        """Make room for n tokens. Memory grows with them: a system may give out whole large pages, one for each head."""
+        """Make room for n tokens. Memory grows with them, as a system may give out large pages, one for each head."""
         held = self._keys.shape[1]
         if n <= held:
             return

@@ -22,10 +22,10 @@ from bitnet_ref._native.decoder_ops import Matrix
 from bitnet_ref._native.decoder_ops import Steps as CompiledSteps
 from bitnet_ref.errors import KernelUnavailable
 from bitnet_ref.kernels import ISAS
+from bitnet_ref.reference import model as network
 from bitnet_ref.reference.attention import attention as reference_attention
 from bitnet_ref.reference.head import FloatTable, head_logits
 from bitnet_ref.reference.matmul import checked_scale
-from bitnet_ref.reference import model as network
 from bitnet_ref.reference.model import Block, Steps
 from bitnet_ref.reference.model import linear as reference_linear
 from bitnet_ref.reference.packing import PackedTernary, get_scheme
@@ -79,7 +79,7 @@ def compiled_steps(ops: CompiledSteps) -> Steps:
         return ops.head(x, table.raw, table.type) if isinstance(table, FloatTable) else plain_head(x, table)
 
     def matrices(block: Block, x: np.ndarray, *tensors: str) -> tuple[Matrix, ...]:
-        """What the fused steps multiply by; nothing if they must not be fused: several tokens, a trace, other layers."""
+        """What fused steps multiply by; nothing if they must not be fused: several tokens, a trace, other layers."""
         if len(x) > 1 or block.trace is not None:
             return ()
         layers = [block.weight(tensor) for tensor in tensors]

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from bitnet_ref.commands.bench import bench
 from bitnet_ref.commands.model import COMMANDS
 from bitnet_ref.errors import FormatError
 from bitnet_ref.formats import convert
@@ -19,7 +20,7 @@ from bitnet_ref.runtime.load import load
 from bitnet_ref.runtime.perplexity import perplexity
 from bitnet_ref.runtime.steps import TiedTable
 
-COMMAND = {command.name: command for command in COMMANDS}
+COMMAND = {command.name: command for command in (*COMMANDS, bench)}
 CONFIG = {
     "architectures": ["BitNetForCausalLM"],
     "model_type": "bitnet",

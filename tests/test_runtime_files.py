@@ -196,6 +196,14 @@ def test_chat_command(folder):
     assert run("chat", folder, "--max-tokens", 8, input="hello\n\n").stdout == expected.text + "\n"
 
 
+def test_chat_with_a_template_of_the_caller(tmp_path):
+    assert "--template" in run("chat", code=1).stderr  # the packaged model has none
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    expected = load(packaged_model()).generate("Hello.\n", 8, special=True, stream=False)
+    said = run("chat", "--template", tmp_path / "t.jinja", "--max-tokens", 8, input="Hello.\n\n").stdout
+    assert said == expected.text + "\n"
+
+
 def test_perplexity_command(folder, tmp_path):
     (tmp_path / "text").write_text("one two three four five six seven eight")
     found = perplexity(load(folder), "one two three four five six seven eight", 16)

@@ -138,17 +138,24 @@ def _first_token(model: Any) -> list[int]:
 @click.command()
 @click.argument("model", type=MODEL, required=False)
 @click.option("--system", help="A first message that says how to answer.")
+@click.option(
+    "--template",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="File with a chat template (Jinja), instead of the one that came with the model.",
+)
 @model_options
 @sampling_options
 @command
-def chat(model: Path | None, system: str | None, **options: Any) -> None:
+def chat(model: Path | None, system: str | None, template: Path | None, **options: Any) -> None:
     """Talk to a model with a chat template, line by line; an empty line or end of input ends it."""
     from bitnet_ref.runtime.chat import ChatTemplate
 
     loaded = open_model(model, options)
     if loaded.tokenizer is None:
         raise ValueError("a chat needs a tokenizer, this model came without one")
-    template = ChatTemplate.of(loaded.tokenizer)
+    if template is not None:
+        loaded.tokenizer.chat_template = template.read_text(encoding="utf-8")
+    form = ChatTemplate.of(loaded.tokenizer)
     messages = [{"role": "system", "content": system}] if system else []
     max_tokens = options.pop("max_tokens")
     while True:
@@ -158,7 +165,7 @@ def chat(model: Path | None, system: str | None, **options: Any) -> None:
             return
         messages.append({"role": "user", "content": line})
         answer = []
-        for piece in loaded.generate(template.render(messages), max_tokens, special=True, **options):
+        for piece in loaded.generate(form.render(messages), max_tokens, special=True, **options):
             answer.append(piece.text)
             click.echo(piece.text, nl=False)
             sys.stdout.flush()

@@ -82,7 +82,7 @@ class ChatTemplate:
             If none came.
         """
         if tokenizer.chat_template is None:
-            raise FormatError("a chat needs a chat template, this tokenizer came without one; name one yourself")
+            raise FormatError("a chat needs a chat template, this tokenizer came without one; give one (--template)")
         return cls(tokenizer.chat_template, tokenizer.bos_token or "", tokenizer.eos_token or "")
 
     def render(

@@ -238,6 +238,11 @@ def _note_parity(case, kind, config, errors, flips, logits, compiled):
             "tensors": len(errors),
             "logits_error": errors["logits"],
             "worst_error": max(errors.values()),
+            # The largest of each layer, in order.
+            "layer_errors": [
+                max(error for name, error in errors.items() if name.startswith(f"layers.{i}."))
+                for i in range(config.layers)
+            ],
             "flips": flips,
             "same_tokens": WRITTEN,
             "kernels_to_reference": difference,

@@ -26,8 +26,7 @@ that is still spoken in the hills.
 Nobody knows what they called it. "Why should they have called it anything?" the old teacher said. "It was the only one
 they had." In 1774 a captain wrote the name of his king on a chart, and that was that.
 
-1. Read the text.
-2. Count the words that don't begin with a vowel.
+Read the text. Count the words that don't begin with a vowel.
 """
 
 
@@ -39,6 +38,7 @@ def torch():
 @pytest.fixture(scope="module")
 def theirs(torch):
     transformers = pytest.importorskip("transformers", reason="needs torch and transformers: the extra [distill]")
+    torch.set_num_threads(1)  # waiting threads spin, which on a busy machine takes longer than computing
     path = Path(FILE)
     model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     return model.eval(), transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -46,7 +46,7 @@ def theirs(torch):
 
 @pytest.fixture(scope="module")
 def ours():
-    return load(FILE, head="f32")
+    return load(FILE, head="f32", n_threads=1)
 
 
 def nats(logits, tokens):
@@ -59,6 +59,8 @@ def nats(logits, tokens):
 def test_logits_and_perplexity_are_those_of_transformers(torch, theirs, ours):
     model, tokenizer = theirs
     tokens = ours.tokenizer.encode(TEXT)
+    # Not in TEXT: line breaks before a digit. The file's pre-tokenizer (smollm) splits digits off first, which
+    # transformers' reading of GGUF leaves out.
     assert tokens == tokenizer(TEXT)["input_ids"]
     with torch.inference_mode():
         expected = model(torch.tensor([tokens])).logits[0].numpy()

@@ -424,6 +424,10 @@ def _speed_tables(results: Row) -> list[Table]:
     return made
 
 
+def _layer_errors(row: Row) -> str:
+    return ", ".join(f"{1e6 * error:.2f}" for error in row["layer_errors"])
+
+
 def _model_tables(results: Row) -> list[Table]:
     made = [
         _table(
@@ -435,6 +439,7 @@ def _model_tables(results: Row) -> list[Table]:
                 _number("compared", "tensors", "measured", "tensors", "d"),
                 _number("logits, error over range", "10⁻⁶", "measured", "logits_error", ".2f", 1e6),
                 _number("worst tensor", "10⁻⁶", "measured", "worst_error", ".2f", 1e6),
+                Column("worst of each layer", "10⁻⁶", "measured", _layer_errors),
                 _number("greedy, the same", "tokens", "measured", "same_tokens", "d"),
                 _number("at a tie", "activations", "measured", "flips", "d"),
                 _number("kernels and reference, logits", "10⁻⁶", "measured", "kernels_to_reference", ".2f", 1e6),

@@ -224,7 +224,9 @@ def test_account_table_has_every_part_of_every_model():
 def test_whole_models_are_shown():
     made = {table.title: table for table in html.tables(made_up_results())["models"]}
     parity, files, speed = made.values()
-    assert len(parity.cells) == 11 and "commit" in parity.sources[0] and "not on this machine" in parity.sources
+    assert len(parity.cells) == 12 and "commit" in parity.sources[0] and "not on this machine" in parity.sources
+    by_layer = [column.heading for column in parity.columns].index("worst of each layer")
+    assert [len(row[by_layer].split(", ")) for row in parity.cells[:3]] == [3, 2, 2]
     assert {column.kind for column in files.columns if column.numeric} == {"modelled"}
     cells = {row[:2]: row[2:] for row in files.cells}
     # The account of I2_S, f16: body, scales and norms, embedding; 2.95 times the printed 0.4 GB.

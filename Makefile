@@ -41,6 +41,17 @@ test-torch: setup  ## run the tests that need PyTorch: parity with transformers,
 	  tests/test_distill_export.py tests/test_distill_teacher_cache.py \
 	  tests/test_small_model.py tests/test_trace.py
 
+.PHONY: test-distill distill-demo
+# The pins are those of test-torch.
+test-distill: setup  ## run the tests of distillation: trainer, resumption, two processes, whole runs (installs PyTorch)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 'transformers>=5,<6' 'accelerate>=1' \
+	  'rouge-score>=0.1.2' 'sacrebleu>=2.4'
+	$(BIN)/pytest tests/test_distill_trainer.py tests/test_distill_run.py
+
+distill-demo: setup  ## distil a small teacher into a ternary student in minutes, into $(OUT)/distill-demo (installs PyTorch)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 'transformers>=5,<6' 'accelerate>=1'
+	$(BIN)/bitnet-ref distill run tiny --resume --out $(OUT)/distill-demo
+
 parity: setup  ## compare with transformers again and keep the errors for the report (installs PyTorch)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 'transformers>=5,<6' 'accelerate>=1'
 	BITNET_REF_PARITY=bitnet_ref/report/parity_transformers.json $(BIN)/pytest tests/test_parity_transformers.py -k same_network

@@ -22,6 +22,7 @@ import bitnet_ref
 from bitnet_ref import kernels
 from bitnet_ref.commands import bar, command, emit, json_option
 from bitnet_ref.commands.bench import bench
+from bitnet_ref.commands.distill import distill
 from bitnet_ref.commands.model import COMMANDS as MODEL_COMMANDS
 from bitnet_ref.commands.model import convention_option, layout_option
 from bitnet_ref.commands.trace import diff, trace
@@ -244,7 +245,7 @@ def _number(value: float | None, spec: str) -> str:
     return "" if value is None else format(value, spec)
 
 
-for model_command in (*MODEL_COMMANDS, bench, trace, diff):
+for model_command in (*MODEL_COMMANDS, bench, trace, diff, distill):
     main.add_command(model_command)
 
 

@@ -1,0 +1,114 @@
+"""Commands that train: ``distill run | table``. PyTorch is imported when one runs, and only then."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bitnet_ref.commands import command, emit, json_option
+from bitnet_ref.errors import BitnetRefError
+
+__all__ = ["distill"]
+
+
+@click.group(short_help="Train a ternary student of a full-precision model (extra [distill]).")
+def distill() -> None:
+    """BitNet Distillation: from a full-precision model to a ternary student that runs on the kernels."""
+
+
+@distill.command(short_help="Train teacher, baseline and student of a configuration.")
+@click.argument("config")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Another value, such as teacher.steps=50.")
+@click.option("--resume", is_flag=True, help="Go on with the run that is in the folder.")
+@click.option("--stages", help="Names with commas between them; what they need runs as well.  [default: variants]")
+@click.option("--seeds", help="Numbers with commas between them.  [default: seeds]")
+@click.option("--dry-run", "dry_run", is_flag=True, help="Random weights, made-up data, two steps of each stage.")
+@json_option
+@command
+def run(
+    config: str,
+    out: Path,
+    overrides: tuple[str, ...],
+    resume: bool,
+    stages: str | None,
+    seeds: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Train the stages of CONFIG, a TOML file or the name of a packaged configuration, and write tables.
+
+    Stages: teacher, direct, subln, pretrain, subln-ct, subln-distill, ct-ld, ct-ad, bitdistill. Start it with
+    `accelerate launch` or `torchrun` for more than one device.
+    """
+    stages_module = _needs_torch("stages")
+    from bitnet_ref.distill.config import load_config
+    from bitnet_ref.measure.record import record
+
+    settings = load_config(config, overrides)
+    chosen = _numbers(seeds)
+    if dry_run:
+        settings = stages_module.dry(settings)
+    words = ["bitnet-ref", "distill", "run", config, *(f"--set={text}" for text in overrides)]
+    words += [f"--stages={stages}"] if stages else []
+    words += [f"--seeds={seeds}"] if seeds else []
+    words += ["--dry-run"] if dry_run else []
+    names = stages.split(",") if stages else None
+    stages_module.with_parents(names or settings.variants)  # unknown names before anything is written
+    made = stages_module.Run(
+        settings,
+        out,
+        resume=resume,
+        record=record(shlex.join(words)),
+        say=lambda text: click.echo(text, err=as_json),
+        quiet=as_json,
+    )
+    made.run(names, chosen)
+    if made.devices.main:
+        _print_tables(out, as_json)
+
+
+@distill.command(short_help="Tables of a run, like those of the paper.")
+@click.argument("folder", type=click.Path(path_type=Path))
+@json_option
+@command
+def table(folder: Path, as_json: bool) -> None:
+    """Write and print the tables of the run in FOLDER: means and spread over the seeds that have finished."""
+    _print_tables(folder, as_json)
+
+
+def _print_tables(folder: Path, as_json: bool) -> None:
+    from bitnet_ref.distill import results
+
+    document = results.write_tables(folder)
+    if as_json:
+        emit(document)
+    else:
+        click.echo("\n" + results.markdown(document["tables"]), nl=False)
+
+
+def _needs_torch(name: str) -> Any:
+    """A module of bitnet_ref.distill, or one sentence about what is missing."""
+    import importlib
+
+    try:
+        return importlib.import_module(f"bitnet_ref.distill.{name}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ("torch", "transformers", "accelerate"):
+            raise
+        raise BitnetRefError(
+            f"training needs {error.name}, which is not installed: pip install 'bitnet_ref[distill]' "
+            f"({Path(sys.executable).name} is {sys.executable})"
+        ) from error
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    if not all(part.isdigit() for part in text.split(",")):
+        raise ValueError(f"seeds must be numbers with commas between them, got {text!r}")
+    return [int(part) for part in text.split(",")]

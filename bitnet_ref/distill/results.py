@@ -1,0 +1,158 @@
+"""Tables of a run like those of [BitDistill]: Table 1 (the three models), 5 (stages) and 6 (losses), over seeds."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bitnet_ref.errors import FormatError
+
+__all__ = ["collect", "markdown", "summary", "write_tables"]
+
+TABLES: dict[str, tuple[str, dict[str, str]]] = {
+    "models": (
+        "as Table 1 of [BitDistill]",
+        {"teacher": "full precision, fine-tuned", "direct": "ternary, fine-tuned", "bitdistill": "BitDistill"},
+    ),
+    "stages": (
+        "as Table 5: SubLN, continued pre-training, distillation",
+        {
+            "direct": "none",
+            "subln": "SubLN",
+            "subln-ct": "SubLN, continued pre-training",
+            "subln-distill": "SubLN, distillation",
+            "bitdistill": "all",
+        },
+    ),
+    "losses": (
+        "as Table 6: losses beside cross-entropy, after continued pre-training",
+        {"subln-ct": "none", "ct-ld": "logits", "ct-ad": "attention relations", "bitdistill": "both"},
+    ),
+}
+"""Key -> caption, and stage -> its name in the table."""
+
+
+def collect(out: str | Path) -> list[dict[str, Any]]:
+    """All finished stages of a run.
+
+    Raises
+    ------
+    FormatError
+        If there is none, or a file is no result.
+    """
+    rows = []
+    for path in sorted(Path(out).glob("seed-*/*/result.json")):
+        try:
+            row = json.loads(path.read_text(encoding="utf-8"))
+            rows.append(
+                {key: row[key] for key in ("stage", "seed", "step", "seconds", "tokens")} | {"test": row.get("test")}
+            )
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise FormatError(f"{path} must be the result of a stage: {error!r}") from error
+    if not rows:
+        raise FormatError(f"{out} must be the folder of a run with finished stages, it has none")
+    return rows
+
+
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, sample standard deviation (None for one value) and number."""
+    n = len(values)
+    mean = math.fsum(values) / n
+    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else None
+    return {"mean": mean, "sd": spread, "n": n, "values": list(values)}
+
+
+def tables(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The tables as JSON-ready values; a stage that did not run has no row.
+
+    Returns
+    -------
+    dict
+        Key of :data:`TABLES` -> ``caption`` and ``rows``, each with ``stage``, ``name`` and a summary for every figure.
+        ``gap`` has, where all three models are there, ``to_teacher`` (teacher minus BitDistill, by seed) and
+        ``recovered`` (the share of teacher minus direct that BitDistill wins back; of the means).
+    """
+    figures: dict[str, dict[str, dict[int, float]]] = {}
+    for row in rows:
+        for key, value in (row["test"] or {}).items():
+            if key != "score":
+                figures.setdefault(row["stage"], {}).setdefault(key, {})[row["seed"]] = value
+    made: dict[str, Any] = {}
+    for key, (caption, names) in TABLES.items():
+        lines = [
+            {"stage": stage, "name": name}
+            | {figure: summary([by[s] for s in sorted(by)]) for figure, by in figures[stage].items()}
+            for stage, name in names.items()
+            if stage in figures
+        ]
+        if len(lines) > 1:
+            made[key] = {"caption": caption, "rows": lines}
+    if all(stage in figures for stage in ("teacher", "direct", "bitdistill")):
+        figure = "accuracy" if "accuracy" in figures["teacher"] else "average"
+        teacher, direct, ours = (figures[stage][figure] for stage in ("teacher", "direct", "bitdistill"))
+        seeds = sorted(set(direct) & set(ours))
+        # One teacher may serve all seeds.
+        of = {s: teacher.get(s, next(iter(teacher.values()))) for s in seeds}
+        gap = math.fsum(of[s] - direct[s] for s in seeds)
+        won = math.fsum(ours[s] - direct[s] for s in seeds)
+        made["gap"] = {
+            "figure": figure,
+            "to_teacher": summary([of[s] - ours[s] for s in seeds]),
+            "over_direct": summary([ours[s] - direct[s] for s in seeds]),
+            "recovered": won / gap if gap > 0 else None,
+        }
+    return made
+
+
+def markdown(made: Mapping[str, Any]) -> str:
+    """The tables as Markdown; accuracies in per cent."""
+    parts = []
+    for key in TABLES:
+        if key not in made:
+            continue
+        rows = made[key]["rows"]
+        figures = [figure for figure in rows[0] if figure not in ("stage", "name")]
+        lines = [f"{made[key]['caption']}:", "", "| " + " | ".join(["", *figures, "seeds"]) + " |"]
+        lines.append("| --- |" + " ---: |" * (len(figures) + 1))
+        for row in rows:
+            cells = [_cell(figure, row[figure]) for figure in figures]
+            lines.append("| " + " | ".join([row["name"], *cells, str(row[figures[0]]["n"])]) + " |")
+        parts.append("\n".join(lines))
+    if "gap" in made:
+        gap = made["gap"]
+        text = f"BitDistill is {_cell(gap['figure'], gap['to_teacher'])} below its teacher"
+        if gap["recovered"] is not None:
+            text += f" and wins back {gap['recovered']:.0%} of what direct ternarisation loses"
+        parts.append(f"{text} ({gap['figure']}; mean, ± standard deviation over {gap['to_teacher']['n']} seeds).")
+    return "\n\n".join(parts) + "\n"
+
+
+def write_tables(out: str | Path) -> dict[str, Any]:
+    """Write ``tables.json`` and ``tables.md`` of a run into its folder.
+
+    Returns
+    -------
+    dict
+        ``record`` of the run, all ``results`` and ``tables``.
+    """
+    out = Path(out)
+    rows = collect(out)
+    record = json.loads((out / "record.json").read_text(encoding="utf-8"))
+    document = {"record": record, "results": rows, "tables": tables(rows)}
+    for name, text in (
+        ("tables.json", json.dumps(document, indent=2, allow_nan=False) + "\n"),
+        ("tables.md", markdown(document["tables"])),
+    ):
+        (out / f".{name}").write_text(text, encoding="utf-8")
+        os.replace(out / f".{name}", out / name)
+    return document
+
+
+def _cell(figure: str, value: Mapping[str, Any]) -> str:
+    factor, digits = (100, 2) if figure == "accuracy" else (1, 4 if figure == "loss" else 2)
+    text = f"{factor * value['mean']:.{digits}f}"
+    return text if value["sd"] is None else f"{text} ± {factor * value['sd']:.{digits}f}"

@@ -1,0 +1,580 @@
+"""The stages of [BitDistill] and the variants that its tables compare, each trained once for every seed.
+
+=============  =====================================================================================================
+teacher        the full-precision model, fine-tuned: FP16-SFT in the paper's Table 1
+direct         the model made ternary as it is and fine-tuned: BitNet-SFT
+subln          with SubLN, fine-tuned
+pretrain       with SubLN, continued pre-training on plain text: stage 2 of the paper, where the next ones begin
+subln-ct       pretrain, fine-tuned
+subln-distill  with SubLN, distilled from the teacher
+ct-ld, ct-ad   pretrain, distilled by logits only, by attention relations only
+bitdistill     pretrain, distilled by both: stage 3
+=============  =====================================================================================================
+
+A run is a folder: ``config.json``, ``record.json``, ``splits.txt``, and for every seed and stage ``metrics.jsonl``,
+``result.json`` and, of teacher, direct and bitdistill, ``model/``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional
+
+from bitnet_ref.distill import data, models, synthetic, tasks
+from bitnet_ref.distill.config import STAGES, Config, Training, digest
+from bitnet_ref.distill.objective import Distillation, LanguageModelling, Scored
+from bitnet_ref.distill.student import insert_subln, save_student, ternarise
+from bitnet_ref.distill.text import END_OF_TEXT, TextEncoder, train_tokenizer
+from bitnet_ref.distill.trainer import Batch, Devices, load_weights, save_weights, train
+
+__all__ = ["KEPT", "VARIANTS", "Run", "Variant", "dry", "with_parents"]
+
+KEPT = ("teacher", "direct", "bitdistill")
+"""Stages whose model is left as a folder."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What makes a student."""
+
+    subln: bool
+    pretrained: bool
+    logits: bool
+    attention: bool
+
+
+VARIANTS = {
+    "direct": Variant(False, False, False, False),
+    "subln": Variant(True, False, False, False),
+    "subln-ct": Variant(True, True, False, False),
+    "subln-distill": Variant(True, False, True, True),
+    "ct-ld": Variant(True, True, True, False),
+    "ct-ad": Variant(True, True, False, True),
+    "bitdistill": Variant(True, True, True, True),
+}
+"""The students; see the table above."""
+
+
+def with_parents(stages: Sequence[str]) -> list[str]:
+    """Stages and all that they need, in the order in which they run.
+
+    Raises
+    ------
+    ValueError
+        If one is unknown.
+    """
+    unknown = [name for name in stages if name not in STAGES]
+    if unknown:
+        raise ValueError(f"stages must be of {', '.join(STAGES)}, got {', '.join(unknown)}")
+    wanted = set(stages)
+    for name in stages:
+        variant = VARIANTS.get(name)
+        if variant and variant.pretrained:
+            wanted.add("pretrain")
+        if variant and (variant.logits or variant.attention):
+            wanted.add("teacher")
+    return [name for name in STAGES if name in wanted]
+
+
+def dry(config: Config) -> Config:
+    """The same run with random weights, made-up data and two steps of each stage: whether everything fits together."""
+
+    def short(training: Training) -> Training:
+        rows = 2 * training.accumulation
+        return replace(training, steps=2, batch=rows, evaluate_every=0, save_every=2, warm_up=0.0)
+
+    if not config.model.family:
+        raise ValueError("a dry run needs model.family and model.sizes for random weights, the configuration has none")
+    return replace(
+        config,
+        model=replace(config.model, folder="", gguf_file="", tokenizer="dry"),
+        data=replace(
+            config.data,
+            files=("dry",),
+            dev_files=(),
+            test_files=(),
+            max_length=48,
+            max_target=8,
+            end_of_text=END_OF_TEXT,
+        ),
+        corpus=replace(
+            config.corpus,
+            files=("synthetic",),
+            synthetic=400,
+            context=48,
+            end_of_text=END_OF_TEXT,
+            held_out=0.01,
+            held_out_limit=2,
+        ),
+        teacher=short(config.teacher),
+        direct=short(config.direct),
+        pretrain=short(config.pretrain),
+        distill=short(config.distill),
+        seeds=config.seeds[:1],
+    )
+
+
+class Run:
+    """One run of a configuration in its folder.
+
+    Parameters
+    ----------
+    config : Config
+    out : path
+        Made if missing.
+    resume : bool
+        Go on with what is there; without it the folder must not hold a run.
+    record : mapping, optional
+        What to write into ``record.json`` beside the versions: machine, commit, command.
+    say : callable, optional
+        Is told in a sentence what happens.
+    quiet : bool
+        No progress bars.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds a run already, or data, labels or model do not fit.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        out: str | Path,
+        *,
+        resume: bool = False,
+        record: Mapping[str, Any] | None = None,
+        say: Callable[[str], None] | None = None,
+        quiet: bool = False,
+        devices: Devices | None = None,
+    ) -> None:
+        self.config, self.out, self.quiet = config, Path(out), quiet
+        self.devices = devices or Devices.start(config.sharding)
+        self.say = say if say and self.devices.main else lambda text: None
+        if (self.out / "config.json").exists() and not resume:
+            raise ValueError(f"{self.out} holds a run already: say --resume to go on with it, or give another --out")
+        self.out.mkdir(parents=True, exist_ok=True)
+        # Losses of a resumed run are those of an uninterrupted one only if each operation is: CUDA has to be asked.
+        if self.devices.device.type == "cuda":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        self.tokenizer = (
+            _dry_tokenizer(config) if config.model.tokenizer == "dry" else models.load_tokenizer(config.model)
+        )
+        self.encoder = TextEncoder.of(self.tokenizer)
+        self.splits = _splits(config)
+        self.task = _task(config)
+        if isinstance(self.task, tasks.ClassificationTask):
+            self.task.label_ids(self.encoder)  # what is wrong with labels should be known before hours of training
+        self._corpora: dict[int, data.PackedCorpus] = {}
+        self._model_digest = digest(config.model, models.fingerprint(config.model), self.encoder.sha256)
+        self._data_digest = digest(self.splits.sha256, dataclasses.asdict(self.task))
+        if self.devices.main:
+            _write_json(self.out / "config.json", dataclasses.asdict(config))
+            (self.out / "splits.txt").write_text(self.splits.table() + "\n", encoding="utf-8")
+            about = {
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+                "threads": torch.get_num_threads(),
+                "processes": self.devices.world,
+                "device": torch.cuda.get_device_name() if self.devices.device.type == "cuda" else "cpu",
+                "splits_sha256": self.splits.sha256,
+                "seeds": list(config.seeds),
+            }
+            _write_json(self.out / "record.json", dict(record or {}) | about)
+        self.say(self.splits.table())
+
+    def run(self, stages: Sequence[str] | None = None, seeds: Sequence[int] | None = None) -> None:
+        """Train stages for seeds, those of the configuration by default, and what they need before them."""
+        for seed in seeds or self.config.seeds:
+            for name in with_parents(stages or self.config.variants):
+                self.stage(name, seed)
+
+    def stage(self, name: str, seed: int) -> dict[str, Any]:
+        """Train one stage, or go on with it, or read what it came to.
+
+        Returns
+        -------
+        dict
+            ``result.json``: ``score`` on the development set, ``test``, ``steps``, ``seconds``, ``settings``.
+
+        Raises
+        ------
+        ValueError
+            If what is in its folder is of another configuration.
+        Diverged
+            See :func:`bitnet_ref.distill.trainer.train`.
+        """
+        training = self._training(name)
+        seed = self.config.seeds[0] if training.once else seed
+        folder = self.folder(name, seed)
+        settings = self._settings(name, seed)
+        identity = digest(settings)
+        done = folder / "result.json"
+        if done.exists():
+            result = json.loads(done.read_text(encoding="utf-8"))
+            if result["identity"] != identity:
+                raise ValueError(
+                    f"{folder} must be of this configuration to go on from, {_difference(result, settings)}"
+                )
+            return result
+        self.say(f"{name}, seed {seed}: {training.steps:,} steps of {training.batch}")
+        model, objective = self._build(name, seed)
+        if name == "pretrain":
+            corpus = self.corpus(seed)
+            batches: Callable[[int], Batch] = lambda step: corpus.batch(step, training.batch)  # noqa: E731
+            evaluate: Callable[[], dict[str, float]] = lambda: self._held_out(objective.scored, corpus)  # noqa: E731
+        else:
+            examples = self._limited(self.splits.train, self.config.data.train_limit)
+            batches = tasks.batches(self.task, self.encoder, examples, training.batch, seed).batch
+            dev = self._limited(self.splits.dev, self.config.data.dev_limit)
+            evaluate = lambda: self.evaluate(objective.scored, dev, training.autocast == "bfloat16")  # noqa: E731
+        found = train(
+            objective,
+            training,
+            batches,
+            folder,
+            stage=f"{name} of seed {seed}",
+            identity=identity,
+            evaluate=evaluate,
+            devices=self.devices,
+            quiet=self.quiet,
+        )
+        if isinstance(objective, Distillation):
+            objective.close()
+        if name == "pretrain" or self.devices.sharding == "full":
+            self._keep_weights(folder / "weights.safetensors", model)
+        if self.devices.world > 1 and self.devices.sharding == "full":
+            model = self._plain(name, seed)
+            load_weights(folder / "weights.safetensors", model)
+            model.to(self.devices.device)
+        result: dict[str, Any] = {"stage": name, "seed": seed, "identity": identity, **dataclasses.asdict(found)}
+        if name != "pretrain":
+            test = self._limited(self.splits.test, self.config.data.test_limit)
+            result["test"] = self.evaluate(Scored(model), test, False)
+            result["test_examples"] = len(test)
+        result["settings"] = settings
+        if self.devices.main:
+            if name in KEPT:
+                self._save(model, folder / "model", ternary=name != "teacher")
+            _write_json(done, result)
+            if not self.config.keep_checkpoints:
+                for leftover in ("last.safetensors", "best.safetensors"):
+                    (folder / leftover).unlink(missing_ok=True)
+        self.devices.barrier()
+        figures = result.get("test") or {"held-out loss": -(found.score or 0)}
+        self.say(
+            f"{name}, seed {seed}: "
+            + ", ".join(f"{key} {value:.4f}" for key, value in figures.items())
+            + f" in {found.seconds:,.0f} s"
+        )
+        return result
+
+    def folder(self, name: str, seed: int) -> Path:
+        """Where a stage of a seed is; one that serves all seeds is with the first."""
+        seed = self.config.seeds[0] if self._training(name).once else seed
+        return self.out / f"seed-{seed}" / name
+
+    def corpus(self, seed: int) -> data.PackedCorpus:
+        """The texts of continued pre-training, tokenised once into ``corpus/``."""
+        config = self.config.corpus
+        if not config.files:
+            raise ValueError("corpus.files must name the texts of continued pre-training, it is empty")
+        if seed not in self._corpora:
+            files, separator = [], config.separator or None
+            for name in config.files:
+                path = Path(name)
+                if name == "synthetic":
+                    path, separator = self.out / "corpus" / "synthetic.txt", "\n"
+                    if self.devices.main and not path.exists():
+                        path.parent.mkdir(exist_ok=True)
+                        text = "\n".join(synthetic.texts(config.synthetic, 1))
+                        path.with_name(".synthetic.txt").write_text(text, encoding="utf-8")
+                        os.replace(path.with_name(".synthetic.txt"), path)
+                    self.devices.barrier()
+                files.append(path)
+            self._corpora[seed] = data.PackedCorpus(
+                files,
+                self.encoder,
+                config.context,
+                seed,
+                cache=self.out / "corpus",
+                end_of_text=config.end_of_text or None,
+                separator=separator,
+                held_out=config.held_out,
+                field=config.field,
+            )
+        return self._corpora[seed]
+
+    @torch.no_grad()
+    def evaluate(self, scored: Scored, examples: Sequence[data.Example], autocast: bool) -> dict[str, float]:
+        """Figures of a model on examples of the task; ``score`` is the one to choose by, larger is better."""
+        scored.eval()
+        if isinstance(self.task, tasks.SummarisationTask):
+            return self._summaries(scored, examples, autocast)
+        predictions = [""] * len(examples)
+        nats = 0.0
+        ids = list(self.task.label_ids(self.encoder).values())
+        for batch, chosen in tasks.eval_batches(self.task, self.encoder, examples, 32):
+            ends = tasks.prompt_ends(batch)
+            positions = np.zeros(batch["input_ids"].shape, bool)
+            positions[np.arange(len(ends)), ends] = True
+            logits = self._logits(scored, batch, positions, autocast)
+            for i, answer in zip(chosen, self.task.predict(logits, self.encoder), strict=True):
+                predictions[i] = answer
+            names = list(self.task.labels)
+            targets = torch.tensor([names.index(examples[i].label) for i in chosen], device=logits.device)
+            nats += float(functional.cross_entropy(logits[:, ids].float(), targets, reduction="sum"))
+        accuracy = tasks.accuracy(predictions, [example.label for example in examples])
+        return {"score": accuracy, "accuracy": accuracy, "loss": nats / len(examples)}
+
+    def _logits(self, scored: Scored, batch: Batch, positions: np.ndarray, autocast: bool) -> torch.Tensor:
+        device = self.devices.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            return scored(
+                torch.from_numpy(batch["input_ids"]).to(device),
+                torch.from_numpy(batch["attention_mask"]).to(device),
+                torch.from_numpy(positions).to(device),
+            )
+
+    @torch.no_grad()
+    def _held_out(self, scored: Scored, corpus: data.PackedCorpus) -> dict[str, float]:
+        nats, n = 0.0, 0
+        for batch in corpus.held_out_batches(8, self.config.corpus.held_out_limit):
+            positions = np.ones(batch["input_ids"].shape, bool)
+            positions[:, -1] = False
+            logits = self._logits(scored, batch, positions, self.config.pretrain.autocast == "bfloat16")
+            targets = torch.from_numpy(batch["labels"][:, 1:].reshape(-1)).to(logits.device)
+            nats += float(functional.cross_entropy(logits.float(), targets, reduction="sum"))
+            n += len(targets)
+        return {"score": -nats / n, "loss": nats / n}
+
+    def _summaries(self, scored: Scored, examples: Sequence[data.Example], autocast: bool) -> dict[str, float]:
+        """Greedy summaries, as the paper's temperature 0; while a model is sharded, the loss alone."""
+        if (
+            self.devices.world > 1
+            and self.devices.sharding == "full"
+            and hasattr(next(scored.parameters()), "full_tensor")
+        ):
+            nats, n = 0.0, 0
+            for batch, _ in tasks.eval_batches(self.task, self.encoder, examples, 8):
+                positions = np.zeros(batch["labels"].shape, bool)
+                positions[:, :-1] = batch["labels"][:, 1:] != -100
+                targets = torch.from_numpy(batch["labels"][:, 1:][positions[:, :-1]]).to(self.devices.device)
+                logits = self._logits(scored, batch, positions, autocast)
+                nats += float(functional.cross_entropy(logits.float(), targets, reduction="sum"))
+                n += len(targets)
+            return {"score": -nats / n, "loss": nats / n}
+        end = self.task.end(self.encoder)
+        prompts = [replace(example, target=None) for example in examples]
+        written = [""] * len(examples)
+        for batch, chosen in tasks.eval_batches(self.task, self.encoder, prompts, 8):
+            ids, mask = batch["input_ids"], batch["attention_mask"]
+            shifts = ids.shape[1] - mask.sum(1)  # generation wants the padding on the left
+            ids, mask = (np.stack([np.roll(row, s) for row, s in zip(a, shifts, strict=True)]) for a in (ids, mask))
+            with torch.autocast(self.devices.device.type, torch.bfloat16, enabled=autocast):
+                found = scored.model.generate(
+                    torch.from_numpy(ids).to(self.devices.device),
+                    attention_mask=torch.from_numpy(mask).to(self.devices.device),
+                    do_sample=False,
+                    max_new_tokens=self.task.max_target,
+                    eos_token_id=end,
+                    pad_token_id=end,
+                )
+            for i, row in zip(chosen, found[:, ids.shape[1] :].tolist(), strict=True):
+                written[i] = self.encoder.decode(row[: row.index(end)] if end in row else row)
+        scores = self.task.scores(written, [example.target for example in examples])
+        return {"score": scores["average"], **scores}
+
+    def _training(self, name: str) -> Training:
+        """Settings of a stage; a student that is distilled in any way has those of distillation."""
+        if name in ("teacher", "pretrain"):
+            return getattr(self.config, name)
+        variant = VARIANTS[name]
+        return self.config.distill if variant.logits or variant.attention else self.config.direct
+
+    def _settings(self, name: str, seed: int) -> dict[str, Any]:
+        """Everything that a stage depends on, down to its parents."""
+        training = dataclasses.asdict(self._training(name))
+        del training["save_every"]  # changes no result
+        found: dict[str, Any] = {
+            "stage": name,
+            "seed": seed,
+            "training": training,
+            "model": self._model_digest,
+            "data": self._data_digest + str((self.config.data.train_limit, self.config.data.dev_limit)),
+        }
+        if name == "pretrain":
+            del found["data"]
+            found["corpus"] = dataclasses.asdict(self.config.corpus)
+        if name != "teacher":
+            found["student"] = dataclasses.asdict(self.config.student)
+            if self.config.student.start == "teacher":
+                found["teacher"] = self._parent("teacher", seed)
+        variant = VARIANTS.get(name)
+        if variant and (variant.logits or variant.attention):
+            found["losses"] = dataclasses.asdict(self._losses(variant))
+            found["teacher"] = self._parent("teacher", seed)
+        if variant and variant.pretrained:
+            found["pretrain"] = self._parent("pretrain", seed)
+        return json.loads(json.dumps(found))
+
+    def _parent(self, name: str, seed: int) -> str:
+        return digest(self._settings(name, self.config.seeds[0] if self._training(name).once else seed))
+
+    def _losses(self, variant: Variant) -> Any:
+        losses = self.config.losses
+        return replace(
+            losses,
+            lambda_=losses.lambda_ if variant.logits else 0.0,
+            gamma=losses.gamma if variant.attention else 0.0,
+        )
+
+    def _build(self, name: str, seed: int) -> tuple[nn.Module, nn.Module]:
+        """What is trained, and its objective."""
+        model = self._plain(name, seed)
+        variant = VARIANTS.get(name)
+        if variant and variant.pretrained:
+            self.stage("pretrain", seed)
+            load_weights(self.folder("pretrain", seed) / "weights.safetensors", model)
+        model.to(self.devices.device)
+        if not (variant and (variant.logits or variant.attention)):
+            return model, LanguageModelling(model)
+        teacher = self._teacher(seed).to(self.devices.device)
+        if self.config.distill.autocast == "bfloat16":
+            teacher.to(torch.bfloat16)
+        return model, Distillation(model, teacher, self._losses(variant))
+
+    def _plain(self, name: str, seed: int) -> nn.Module:
+        """The network of a stage, before it is trained or given the weights of an earlier one."""
+        if name == "teacher" or self.config.student.start == "base":
+            model = models.load_base(self.config.model, seed, self.encoder.vocabulary_size)
+        else:
+            model = self._teacher(seed)
+        if name != "teacher":
+            if name == "pretrain" or VARIANTS[name].subln:
+                insert_subln(model, self.config.student.subln)
+            ternarise(model, self.config.student.quantizer, self.config.student.block)
+        return model
+
+    def _teacher(self, seed: int) -> nn.Module:
+        self.stage("teacher", seed)
+        folder = self.folder("teacher", seed) / "model"
+        return models.load_base(replace(self.config.model, folder=str(folder), gguf_file=""), seed, 0)
+
+    def _save(self, model: nn.Module, folder: Path, *, ternary: bool) -> None:
+        """A model as a folder that is whole or not there."""
+        student = self.config.student
+        if ternary and (student.subln == "every-linear" or student.quantizer != "absmean"):
+            self.say(f"no {folder}: checkpoints have no form for norms before every layer, or for other quantisers")
+            return
+        temporary = folder.with_name(".model")
+        shutil.rmtree(temporary, ignore_errors=True)
+        save_student(model, temporary, ternary=ternary)
+        models.save_tokenizer(self.tokenizer, temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+
+    def _keep_weights(self, path: Path, model: nn.Module) -> None:
+        temporary = path.with_name("." + path.name)
+        save_weights(temporary if self.devices.main else os.devnull, model, {})
+        if self.devices.main:
+            os.replace(temporary, path)
+        self.devices.barrier()
+
+    @staticmethod
+    def _limited(examples: list[data.Example], limit: int) -> list[data.Example]:
+        return examples[:limit] if limit else examples  # splits are in the order of hashes, so the first are a sample
+
+
+def _splits(config: Config) -> data.Splits:
+    settings = config.data
+    if settings.files == ("dry",):
+        return data.split_examples(_dry_examples(config), (0.6, 0.2, 0.2), 0)
+
+    def load(names: Sequence[str]) -> list[data.Example]:
+        found: list[data.Example] = []
+        for name in names:
+            if name == "synthetic":
+                found += synthetic.sentences(settings.synthetic, 0)
+            else:
+                found += data.load_examples(name, settings.format or None, **settings.options)
+        return found
+
+    if not settings.files:
+        raise ValueError("data.files must name the examples of the task, it is empty")
+    if settings.dev_files or settings.test_files:
+        return data.given_splits(
+            load(settings.files),
+            load(settings.dev_files),
+            load(settings.test_files),
+            drop_overlaps=settings.drop_overlaps,
+        )
+    return data.split_examples(load(settings.files), settings.fractions, settings.split_seed)
+
+
+def _task(config: Config) -> Any:
+    settings = config.data
+    if settings.task == "classification":
+        return tasks.ClassificationTask(settings.template, dict(settings.labels), settings.max_length)
+    return tasks.SummarisationTask(
+        settings.template, settings.max_length, settings.max_target, settings.end_of_text or None
+    )
+
+
+def _dry_examples(config: Config) -> list[data.Example]:
+    fields = max(1, sum(f"{{{i}}}" in config.data.template for i in range(10)))
+    texts = synthetic.texts(60 * fields, 2)
+    labels = list(config.data.labels) or [None]
+    target = config.data.task == "summarisation"
+    return [
+        data.Example(
+            tuple(texts[i * fields : (i + 1) * fields]),
+            labels[i % len(labels)],
+            texts[i].split(" , ")[0] if target else None,
+            f"dry:{i + 1}",
+        )
+        for i in range(60)
+    ]
+
+
+def _dry_tokenizer(config: Config) -> Any:
+    """One in which the labels are tokens."""
+    template = config.data.template.replace("{{", "{").replace("}}", "}")
+    texts = synthetic.texts(500, 0)
+    texts += [template + label for label in config.data.labels.values() for _ in range(50)]
+    return train_tokenizer(texts, 2048, fewer=True)
+
+
+def _difference(result: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """The first setting that is another one."""
+    for key, value in settings.items():
+        before = result["settings"].get(key)
+        if isinstance(value, dict) and isinstance(before, dict):
+            for inner, after in value.items():
+                if before.get(inner) != after:
+                    return f"{key}.{inner} was {before.get(inner)!r} there and is {after!r} now"
+        elif before != value:
+            hashed = key in ("model", "data", "teacher", "pretrain")
+            return f"its {key} was another one" if hashed else f"{key} was {before!r} there and is {value!r} now"
+    return "it was made with other settings"
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_name("." + path.name)
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,268 @@
+"""Whole runs of distillation through the command line: stages, resumption, tables, dry runs, and bad input."""
+
+import json
+import shutil
+
+import pytest
+from click.testing import CliRunner
+
+from bitnet_ref.cli import main
+
+torch = pytest.importorskip("torch", reason="training needs the extra [distill]: no torch here")
+transformers = pytest.importorskip("transformers")
+
+from bitnet_ref import load  # noqa: E402
+from bitnet_ref.distill import config as configs  # noqa: E402  (what follows imports torch)
+from bitnet_ref.distill import models, stages, student  # noqa: E402
+from bitnet_ref.errors import FormatError  # noqa: E402
+
+SHORT = ["data.synthetic=400", "corpus.synthetic=400", "model.sizes.hidden_size=32", "model.sizes.intermediate_size=64"]
+SHORT += [f"{stage}.{key}" for stage in ("teacher", "direct", "pretrain", "distill") for key in ("steps=4", "batch=8")]
+SHORT += [
+    f"{stage}.{key}" for stage in ("teacher", "direct", "distill") for key in ("evaluate_every=2", "save_every=2")
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """For all tests and fixtures here: the sums of another number of threads differ in their last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+    torch.use_deterministic_algorithms(False)
+    torch.set_flush_denormal(False)
+
+
+def command(*arguments, settings=SHORT):
+    words = ["distill", "run", *map(str, arguments), *(f"--set={text}" for text in settings)]
+    return CliRunner().invoke(main, words)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, one_thread):
+    """Every stage for two seeds, four steps each."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    done = command("tiny", "--out", out, "--stages", ",".join(configs.STAGES), "--seeds", "0,1")
+    assert done.exit_code == 0, done.output
+    return out, done
+
+
+def test_every_stage_leaves_what_it_should(finished):
+    out, done = finished
+    for seed in (0, 1):
+        assert sorted(p.name for p in (out / f"seed-{seed}").iterdir()) == sorted(configs.STAGES)
+        for stage in configs.STAGES:
+            files = {"metrics.jsonl", "result.json"}
+            files |= {"model"} if stage in stages.KEPT else {"weights.safetensors"} if stage == "pretrain" else set()
+            assert {p.name for p in (out / f"seed-{seed}" / stage).iterdir()} == files, stage
+    result = json.loads((out / "seed-1" / "bitdistill" / "result.json").read_text(encoding="utf-8"))
+    assert result["step"] == 4 and result["seed"] == 1 and 0 <= result["test"]["accuracy"] <= 1
+    record = json.loads((out / "record.json").read_text(encoding="utf-8"))
+    assert record["commit"] and record["cpu"] and record["torch"] and record["splits_sha256"]
+    assert "train" in (out / "splits.txt").read_text(encoding="utf-8")
+    tables = json.loads((out / "tables.json").read_text(encoding="utf-8"))["tables"]
+    assert [len(tables[key]["rows"]) for key in ("models", "stages", "losses")] == [3, 5, 4]
+    assert all(row["accuracy"]["n"] == 2 for row in tables["stages"]["rows"])
+    assert "| attention relations |" in done.output
+
+
+def test_students_differ_in_what_their_names_say(finished):
+    out, _ = finished
+    for stage, terms in {
+        "subln-ct": set(),
+        "ct-ld": {"ce", "ld"},
+        "ct-ad": {"ce", "ad"},
+        "bitdistill": {"ce", "ld", "ad"},
+    }.items():
+        lines = (out / "seed-0" / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        assert {"ce", "ld", "ad"} & set(json.loads(lines[1])) == terms, stage
+    tensors = models.safe_open(out / "seed-0" / "direct" / "model" / "model.safetensors", "pt").keys()
+    assert not any("sub_norm" in name for name in tensors)
+    tensors = models.safe_open(out / "seed-0" / "bitdistill" / "model" / "model.safetensors", "pt").keys()
+    assert sum("sub_norm" in name for name in tensors) == 4
+
+
+def test_the_folders_run_on_the_kernels(finished):
+    out, _ = finished
+    for stage in stages.KEPT:
+        model = load(out / "seed-0" / stage / "model", head="f32", quantize=stage != "teacher", n_threads=1)
+        assert model.logits(model.tokenizer.encode("the film was not dull , but i felt")).ndim == 2
+
+
+def test_a_finished_run_is_read_and_not_trained_again(finished):
+    out, _ = finished
+    before = {path: path.read_bytes() for path in out.glob("seed-*/*/*.json*")}
+    assert len(before) == 2 * 2 * len(configs.STAGES)
+    done = command("tiny", "--out", out, "--resume", "--seeds", "0,1")
+    assert done.exit_code == 0 and "steps of" not in done.output
+    assert before == {path: path.read_bytes() for path in out.glob("seed-*/*/*.json*")}
+
+
+def test_a_run_is_not_overwritten_and_another_configuration_is_refused(finished, tmp_path):
+    out, _ = finished
+    done = command("tiny", "--out", out)
+    assert done.exit_code == 1 and "holds a run already: say --resume" in done.output
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    done = command("tiny", "--out", copy, "--resume", settings=[*SHORT, "teacher.learning_rate=1e-3"])
+    assert done.exit_code == 1 and len(done.output.splitlines()) < 12
+    assert "training.learning_rate was 0.002 there and is 0.001 now" in done.output
+    done = command("tiny", "--out", copy, "--resume", settings=[*SHORT, "data.split_seed=1"])
+    assert done.exit_code == 1 and "its data was another one" in done.output
+    # A setting that changes no result is no other configuration, and a loss touches distilled students only.
+    done = command("tiny", "--out", copy, "--resume", settings=[*SHORT, "distill.save_every=3"])
+    assert done.exit_code == 0
+    done = command("tiny", "--out", copy, "--resume", "--stages", "direct,subln-ct", settings=[*SHORT, "losses.tau=2"])
+    assert done.exit_code == 0
+    done = command("tiny", "--out", copy, "--resume", "--stages", "ct-ld", settings=[*SHORT, "losses.tau=2"])
+    assert done.exit_code == 1 and "losses.tau was 5.0 there and is 2.0 now" in done.output
+
+
+def test_a_run_that_stopped_goes_on(finished, tmp_path):
+    """Its first stages are read, the others trained, to the same bytes as in one go."""
+    out, _ = finished
+    part = tmp_path / "part"
+    first = command("tiny", "--out", part, "--stages", "teacher,direct")
+    assert first.exit_code == 0
+    done = command("tiny", "--out", part, "--resume", "--seeds", "0")
+    assert done.exit_code == 0 and "teacher, seed 0: 4 steps" not in done.output
+    for stage in stages.KEPT:
+        name = f"seed-0/{stage}/model/model.safetensors"
+        assert (part / name).read_bytes() == (out / name).read_bytes(), stage
+
+
+def test_one_stage_may_serve_all_seeds(tmp_path):
+    settings = [*SHORT, "teacher.once=true", "pretrain.once=true", "seeds=[3, 4]"]
+    done = command("tiny", "--out", tmp_path / "o", settings=settings)
+    assert done.exit_code == 0, done.output
+    assert sorted(p.name for p in (tmp_path / "o" / "seed-4").iterdir()) == ["bitdistill", "direct"]
+    assert "| full precision, fine-tuned |" in done.output
+
+
+@pytest.mark.parametrize("setting", ["student.start=teacher", "student.subln=every-linear", "student.quantizer=b1"])
+def test_other_students(tmp_path, setting):
+    done = command("tiny", "--out", tmp_path / "o", "--stages", "bitdistill", settings=[*SHORT, setting])
+    assert done.exit_code == 0, done.output
+    kept = (tmp_path / "o" / "seed-0" / "bitdistill" / "model").exists()
+    assert kept == ("teacher" in setting) == ("checkpoints have no form" not in done.output)
+
+
+@pytest.mark.parametrize("name", [name for name in configs.packaged() if name != "tiny"])
+def test_a_dry_run_of_every_configuration(tmp_path, name):
+    """Random weights of the architecture, with fewer and thinner layers here; the whole one takes minutes."""
+    config = configs.load_config(name)
+    smaller = {"hidden_size": 96, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 2048}
+    settings = [f"model.sizes.{key}={value}" for key, value in smaller.items()] + ["losses.layer=1"]
+    settings += ["model.sizes.head_dim=32"] if "head_dim" in config.model.sizes else []
+    settings += ["losses.heads=3"] if "head_dim" not in config.model.sizes else []
+    if "head_dim" not in config.model.sizes:
+        settings += ["model.sizes.num_attention_heads=6", "model.sizes.num_key_value_heads=3"]
+    if config.data.task == "summarisation":
+        pytest.importorskip("rouge_score", reason="summaries need the extra [summaries]")
+        pytest.importorskip("sacrebleu", reason="summaries need the extra [summaries]")
+    done = command(name, "--out", tmp_path / "o", "--dry-run", settings=settings)
+    assert done.exit_code == 0, done.output
+    assert "wins back" in done.output or "below its teacher" in done.output
+
+
+# Bad input.
+
+
+def test_stages_and_seeds_are_checked_before_anything_is_written(tmp_path):
+    for arguments, message in (
+        (["--stages", "teacher,final"], "stages must be of teacher, direct, .* got final"),
+        (["--seeds", "0,x"], "seeds must be numbers"),
+        (["--set", "losses.beta=1"], "losses.beta is no key"),
+    ):
+        done = command("tiny", "--out", tmp_path / "o", *arguments)
+        assert done.exit_code == 1 and not (tmp_path / "o").exists()
+        assert torch and __import__("re").search(message, done.output), done.output
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("data.labels={positive = ' happy', negative = ' unhappy'}", "must be one token of its own"),
+        ("data.fractions=[1, 0, 0]", "fractions must be three shares"),
+        ("data.files=[]", "data.files must name the examples"),
+        ("data.files=['missing.tsv']", "missing.tsv"),
+        ("corpus.files=[]", "corpus.files must name the texts"),
+        ("model.sizes.layers=3", "model.sizes.layers is no key of LlamaConfig"),
+        ("model.sizes.vocab_size=100", "must have a row for each token, it has 100"),
+        ("losses.heads=5", "must divide the width, got 5 heads"),
+        ("losses.layer=7", "the model has 2 layers, got layer 7"),
+        ("distill.accumulation=3", "must divide evenly"),
+        ("teacher.batch=100000", "there must be at least 100000 examples"),
+        ("model.folder=missing", "must be a folder with a model, missing is none|must have a tokenizer"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(tmp_path, setting, message):
+    import re
+
+    done = command("tiny", "--out", tmp_path / "o", settings=[*SHORT, setting])
+    assert done.exit_code == 1
+    errors = [line for line in done.output.splitlines() if line.startswith("Error:")]
+    assert len(errors) == 1 and re.search(message, errors[0]), done.output
+    assert "Traceback" not in done.output
+
+
+def test_overlapping_splits_are_refused(tmp_path):
+    rows = {"a": ["x good\tp", "y bad\tn"], "b": ["x  GOOD!\tp", "z\tn"], "c": ["w\tp", "v\tn"]}
+    for name, lines in rows.items():
+        (tmp_path / f"{name}.tsv").write_text("text\tlabel\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    names = {
+        key: f"['{tmp_path / name}.tsv']" for key, name in zip(("files", "dev_files", "test_files"), rows, strict=True)
+    }
+    settings = [*SHORT, *(f"data.{key}={value}" for key, value in names.items()), "data.options={label = 'label'}"]
+    done = command("tiny", "--out", tmp_path / "o", settings=settings)
+    assert done.exit_code == 1 and "splits must not overlap" in done.output
+
+
+def folder(tmp_path, **keys):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 500, "tie_word_embeddings": True} | keys
+    model = models.load_base(configs.Model(family="Llama", sizes=sizes, tokenizer="synthetic"), 0, 0)
+    student.save_student(model, tmp_path, ternary=False)
+    return json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+
+
+def base(path):
+    return models.load_base(configs.Model(folder=str(path), tokenizer="synthetic"), 0, 0)
+
+
+def change(path, **keys):
+    config = json.loads((path / "config.json").read_text(encoding="utf-8")) | keys
+    (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def test_a_folder_comes_back_as_it_was(tmp_path):
+    folder(tmp_path)
+    again = base(tmp_path)
+    assert type(again).__name__ == "LlamaForCausalLM" and again.lm_head.weight is again.model.embed_tokens.weight
+    stored = models.safe_open(tmp_path / "model.safetensors", "pt")
+    assert all(torch.equal(stored.get_tensor(name), p) for name, p in again.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "can be made of .* has GPT2LMHeadModel"),
+        ({"model_type": "sky", "architectures": ["SkyForCausalLM"]}, "must have a model that transformers knows"),
+        ({"tie_word_embeddings": False}, "lm_head.weight is missing: a model whose head is its embedding says"),
+        ({"num_hidden_layers": 3}, r"must have all weights of its model, model\.layers\.2\.\S+ is missing"),
+    ],
+)
+def test_a_model_that_cannot_be_a_teacher_is_refused(tmp_path, keys, message):
+    folder(tmp_path)
+    change(tmp_path, **keys)
+    with pytest.raises(FormatError, match=message):
+        base(tmp_path)
+
+
+def test_a_head_that_would_be_lost_is_refused(tmp_path):
+    folder(tmp_path, tie_word_embeddings=False)
+    assert not base(tmp_path).config.tie_word_embeddings
+    change(tmp_path, tie_word_embeddings=True)
+    with pytest.raises(FormatError, match=r"says tie_word_embeddings, but its lm_head\.weight is not"):
+        base(tmp_path)

@@ -1,0 +1,410 @@
+"""The trainer: losses where they are counted, resumption after a kill, several processes, and what goes wrong."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="training needs the extra [distill]: no torch here")
+transformers = pytest.importorskip("transformers")
+
+from bitnet_ref.distill import losses as losses_module  # noqa: E402  (they import torch)
+from bitnet_ref.distill import objective, student, trainer  # noqa: E402
+from bitnet_ref.distill.config import Losses, Training  # noqa: E402
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 61,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+KINDS = {"Llama": "LlamaConfig", "Qwen2": "Qwen2Config", "Qwen3": "Qwen3Config", "Gemma3": "Gemma3TextConfig"}
+TRAINING = Training(steps=8, batch=4, learning_rate=3e-3, autocast="float32", save_every=3, warm_up=0.25)
+
+
+def build(kind="Llama", seed=1, ternary=False, **keys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch 2.13 calls a function that it has deprecated itself
+        sizes = {key: value for key, value in (SIZES | keys).items() if kind != "Qwen2" or key != "head_dim"}
+        config = getattr(transformers, KINDS[kind])(**sizes)
+        torch.manual_seed(seed)
+        model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    if ternary:
+        student.insert_subln(model)
+        student.ternarise(model)
+    return model.eval()
+
+
+def batch(step, rows=4, scored=3):
+    """Rows of different lengths, padded on the right; the last `scored` tokens of each are labels."""
+    rng = np.random.default_rng([5, step])
+    lengths = rng.integers(6, 12, rows)
+    ids = rng.integers(1, 61, (rows, 12))
+    mask = (np.arange(12) < lengths[:, None]).astype(np.int64)
+    behind = np.arange(12) >= lengths[:, None] - scored
+    return {"input_ids": ids * mask, "attention_mask": mask, "labels": np.where(behind & (mask > 0), ids, -100)}
+
+
+def tensors(part):
+    return {name: torch.from_numpy(value) for name, value in part.items()}
+
+
+def distillation(losses=None, seed=1):
+    losses = losses or Losses(gamma=100.0, heads=2)
+    return objective.Distillation(build(seed=seed, ternary=True), build(seed=7), losses)
+
+
+def run(folder, training=TRAINING, made=None, **options):
+    options = {"stage": "test", "identity": "one", "quiet": True} | options
+    return trainer.train(made or distillation(), training, options.pop("batches", batch), folder, **options)
+
+
+def rows(folder):
+    found = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row for row in found if "event" not in row]
+
+
+def curve(folder):
+    return [(row["step"], row["loss"], row["ce"], row["ld"], row["ad"], row["gradient_norm"]) for row in rows(folder)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums over threads could be split in another way from run to run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+    torch.set_flush_denormal(False)  # training turns it on for the process
+
+
+# What is computed.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_at_positions_are_those_of_the_whole_model(kind):
+    model, part = build(kind), tensors(batch(0))
+    positions = objective.label_positions(part["labels"])
+    with torch.no_grad():
+        got = objective.Scored(model)(part["input_ids"], part["attention_mask"], positions)
+        whole = model(input_ids=part["input_ids"], attention_mask=part["attention_mask"]).logits
+    assert got.shape == (12, 61)
+    torch.testing.assert_close(got, whole[positions])
+
+
+def test_the_cap_of_logits_is_kept():
+    model, part = build("Gemma3", final_logit_softcapping=0.5), tensors(batch(0))
+    positions = objective.label_positions(part["labels"])
+    with torch.no_grad():
+        got = objective.Scored(model)(part["input_ids"], part["attention_mask"], positions)
+        whole = model(input_ids=part["input_ids"], attention_mask=part["attention_mask"]).logits
+    assert got.abs().max() < 0.5
+    torch.testing.assert_close(got, whole[positions])
+
+
+def test_language_modelling_is_the_loss_of_all_logits():
+    model, part = build(), batch(1)
+    got = objective.LanguageModelling(model)(**tensors(part), counts=trainer.Counts.of(part))["loss"]
+    whole = model(
+        input_ids=torch.from_numpy(part["input_ids"]), attention_mask=torch.from_numpy(part["attention_mask"])
+    )
+    torch.testing.assert_close(got, losses_module.causal_lm_loss(whole.logits, torch.from_numpy(part["labels"])))
+
+
+@pytest.mark.parametrize("positions", ["labels", "tokens"])
+def test_distillation_is_the_sum_of_its_losses_over_all_logits(positions):
+    losses = Losses(lambda_=3.0, gamma=7.0, tau=2.0, heads=2, positions=positions, layer=0, teacher_layer=1)
+    made, part = distillation(losses), batch(2)
+    got = made(**tensors(part), counts=trainer.Counts.of(part))
+    ids, mask, labels = tensors(part).values()
+    pupil, teacher = made.scored.model, made._teacher[0].model
+    with student.capture_qkv(pupil, 0) as q, student.capture_qkv(teacher, 1) as p, torch.no_grad():
+        ours, theirs = (m(input_ids=ids, attention_mask=mask).logits for m in (pupil, teacher))
+        where = mask.bool() if positions == "tokens" else objective.label_positions(labels)
+        expected = {
+            "ce": losses_module.causal_lm_loss(ours, labels),
+            "ld": losses_module.logits_loss(ours, theirs, where, tau=2.0),
+            "ad": losses_module.attention_relation_loss(tuple(q), tuple(p), mask.bool(), heads=2),
+        }
+    expected["loss"] = expected["ce"] + 3 * expected["ld"] + 7 * expected["ad"]
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value)
+    made.close()
+    assert not pupil.model.layers[0].self_attn.v_proj._forward_hooks
+
+
+def test_a_student_that_is_the_teacher_has_no_distillation_loss():
+    made, part = objective.Distillation(build(), build(), Losses(heads=2)), batch(3)
+    got = made(**tensors(part), counts=trainer.Counts.of(part))
+    assert abs(got["ld"]) < 1e-6 and abs(got["ad"]) < 1e-6 and got["ce"] > 1
+
+
+def test_a_loss_without_weight_is_not_computed():
+    part = batch(3)
+    for losses, names in (
+        (Losses(lambda_=0.0, heads=2), {"loss", "ce", "ad"}),
+        (Losses(gamma=0.0), {"loss", "ce", "ld"}),
+        (Losses(lambda_=0.0, gamma=0.0), {"loss", "ce"}),
+    ):
+        assert set(distillation(losses)(**tensors(part), counts=trainer.Counts.of(part))) == names
+
+
+def test_rows_without_a_label_are_compared_at_their_last_token():
+    part = batch(4)
+    part["labels"][1:] = -100
+    found = objective.answer_positions(torch.from_numpy(part["attention_mask"]), torch.from_numpy(part["labels"]))
+    ends = part["attention_mask"].sum(1) - 1
+    assert found.sum() == trainer.Counts.of(part).answers == 3 + 3
+    assert [found[i].nonzero().item() for i in (1, 2, 3)] == ends[1:].tolist()
+    made = distillation(Losses(gamma=0.0))
+    part["labels"][:] = -100
+    got = made(**tensors(part), counts=trainer.Counts.of(part))
+    assert got["ce"] == 0 and got["ld"] > 0 and torch.isfinite(got["loss"])
+
+
+def test_student_and_teacher_have_one_vocabulary():
+    with pytest.raises(ValueError, match="one vocabulary, they have 61 and 62 tokens"):
+        objective.Distillation(build(), build(vocab_size=62), Losses())
+
+
+def test_learning_rates_by_hand():
+    training = Training(steps=10, learning_rate=1.0, warm_up=0.2)
+    rates = [trainer.learning_rate(step, training) for step in range(10)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[6] == pytest.approx(0.5) and rates[9] == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
+    linear = replace(training, schedule="linear")
+    assert [trainer.learning_rate(s, linear) for s in (2, 6, 9)] == pytest.approx([1.0, 0.5, 0.125])
+    assert trainer.learning_rate(9, replace(training, schedule="constant")) == 1.0
+    assert trainer.learning_rate(0, replace(training, warm_up=0.0)) == 1.0
+
+
+def test_only_matrices_decay():
+    made = trainer.make_optimizer(build(ternary=True), replace(TRAINING, weight_decay=0.5))
+    assert [(group["weight_decay"], {p.ndim for p in group["params"]}) for group in made.param_groups] == [
+        (0.5, {2}),
+        (0.0, {1}),
+    ]
+
+
+def test_training_lowers_every_loss(tmp_path):
+    result = run(tmp_path, replace(TRAINING, steps=40), batches=lambda step: batch(0))
+    first, last = rows(tmp_path)[0], rows(tmp_path)[-1]
+    # A teacher of random weights knows nothing of the labels, so cross-entropy and logits pull apart.
+    assert all(last[name] < 0.8 * first[name] for name in ("loss", "ce", "ad")), (first, last)
+    assert result.step == 40 and result.best_step == 40 and result.tokens == 40 * batch(0)["attention_mask"].sum()
+
+
+def test_parts_of_a_batch_add_up(tmp_path):
+    """The same losses and weights up to the order of float32 sums; parts have labels and padding of unlike number."""
+    whole, parts = distillation(), distillation()
+    run(tmp_path / "a", made=whole)
+    run(tmp_path / "b", replace(TRAINING, accumulation=2), made=parts)
+    np.testing.assert_allclose(curve(tmp_path / "a"), curve(tmp_path / "b"), rtol=1e-4)
+    assert curve(tmp_path / "a") != curve(tmp_path / "b")  # or nothing was cut
+    with pytest.raises(ValueError, match="divide evenly among processes and accumulated parts, got 4 rows for 1 x 3"):
+        run(tmp_path / "c", replace(TRAINING, accumulation=3))
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    run(tmp_path / "a")
+    run(tmp_path / "b", replace(TRAINING, gradient_checkpointing=True))
+    assert curve(tmp_path / "a") == curve(tmp_path / "b")
+
+
+def test_autocast_is_near_float32(tmp_path):
+    run(tmp_path / "a")
+    run(tmp_path / "b", replace(TRAINING, autocast="bfloat16"))
+    a, b = curve(tmp_path / "a")[0], curve(tmp_path / "b")[0]
+    assert a != b
+    np.testing.assert_allclose(a[1:4], b[1:4], rtol=0.03)  # bfloat16 has 8 bits
+
+
+# Resumption.
+
+
+def kill_at(folder, step):
+    """Train in another process that is killed once `step` steps are done."""
+    program = (
+        "import os, signal, sys; sys.path.insert(0, sys.argv[3])\n"
+        "import torch; torch.set_num_threads(1)\n"
+        "import test_distill_trainer as t\n"
+        "def watch(step):\n"
+        "    if step == int(sys.argv[2]): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "made = t.distillation()\n"
+        "t.run(sys.argv[1], t.EVALUATED, made=made, evaluate=t.evaluation(made), watch=watch)"
+    )
+    arguments = [str(folder), str(step), str(Path(__file__).parent)]
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+EVALUATED = replace(TRAINING, evaluate_every=2)
+
+
+def evaluation(made):
+    """Minus the loss on a batch, which falls and rises; best is not last."""
+    part = batch(99)
+
+    def evaluate():
+        with torch.no_grad():
+            return {"score": -float(made(**tensors(part), counts=trainer.Counts.of(part))["ce"])}
+
+    return evaluate
+
+
+def test_a_killed_run_goes_on_to_the_same_losses(tmp_path):
+    """Killed before the first checkpoint and between two; steps 3 and 6 are saved."""
+    whole = distillation()
+    expected = run(tmp_path / "whole", EVALUATED, made=whole, evaluate=evaluation(whole))
+    for step in (2, 5):
+        kill_at(tmp_path / "killed", step)
+    again = distillation(seed=3)  # what is not in the checkpoint must not matter
+    result = run(tmp_path / "killed", EVALUATED, made=again, evaluate=evaluation(again))
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
+    assert [row["step"] for row in rows(tmp_path / "killed")] == list(range(1, 9))
+    assert (result.step, result.best_step, result.score) == (expected.step, expected.best_step, expected.score)
+    for name, value in whole.scored.model.named_parameters():
+        assert torch.equal(value, again.scored.model.get_parameter(name)), name
+    assert not list((tmp_path / "killed").glob(".*"))
+
+
+def test_best_weights_are_kept_and_patience_ends_a_run(tmp_path):
+    """Step 4 is the best of 2, 4, 6 and 8; with patience 2 nothing follows 8."""
+    made, seen = distillation(), {}
+
+    def evaluate():
+        step = 2 * len(seen) + 2
+        seen[step] = {name: p.detach().clone() for name, p in made.scored.model.named_parameters()}
+        return {"score": {2: 0.5, 4: 0.9, 6: 0.9, 8: 0.1}[step]}
+
+    result = run(tmp_path, replace(TRAINING, steps=20, evaluate_every=2, patience=2), made=made, evaluate=evaluate)
+    assert (result.step, result.best_step, result.score, result.stopped_early) == (8, 4, 0.9, True)
+    assert all(torch.equal(p, seen[4][name]) for name, p in made.scored.model.named_parameters())
+    # Asked again, it stays as it is.
+    again = run(tmp_path, replace(TRAINING, steps=20, evaluate_every=2, patience=2), evaluate=evaluate)
+    assert (again.step, again.best_step, again.stopped_early) == (8, 4, True) and len(seen) == 4
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
+    run(tmp_path, replace(TRAINING, steps=3))
+    before = (tmp_path / "last.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="must be of this configuration, data and model to go on from") as caught:
+        run(tmp_path, identity="two")
+    assert str(caught.value).count(".safetensors") == 1
+    assert (tmp_path / "last.safetensors").read_bytes() == before
+    (tmp_path / "last.safetensors").write_bytes(before[:100])
+    with pytest.raises(ValueError, match="must be a checkpoint of this program"):
+        run(tmp_path)
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    trainer.save_weights(tmp_path / "w", build(), {})
+    with pytest.raises(ValueError, match="must have the parameters of this model"):
+        trainer.load_weights(tmp_path / "w", build(ternary=True))
+    with pytest.raises(ValueError, match=r"has shape \(61, 32\) there and \(62, 32\) here"):
+        trainer.load_weights(tmp_path / "w", build(vocab_size=62))
+
+
+# What goes wrong.
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path):
+    made = distillation()
+
+    def batches(step):
+        if step == 4:
+            with torch.no_grad():
+                made.scored.model.model.norm.weight.fill_(math.nan)
+        return batch(step)
+
+    message = r"the \w+ is nan at step 5 of stage test; the checkpoint of step 3 is kept in"
+    with pytest.raises(trainer.Diverged, match=message):
+        run(tmp_path, made=made, batches=batches)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
+    run(tmp_path)  # the checkpoint is good
+    run(tmp_path / "whole")
+    assert curve(tmp_path) == curve(tmp_path / "whole")
+
+
+def test_a_gradient_that_overflows_stops_before_the_weights_change(tmp_path):
+    made = distillation()
+    before = {name: p.detach().clone() for name, p in made.scored.model.named_parameters()}
+    made.scored.model.model.norm.weight.register_hook(lambda grad: grad * math.inf)
+    with pytest.raises(
+        trainer.Diverged, match=r"norm of the gradient is (inf|nan) at step 1 .* there is no checkpoint"
+    ):
+        run(tmp_path, made=made)
+    assert all(torch.equal(p, before[name]) for name, p in made.scored.model.named_parameters())
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    save = trainer.save_file
+
+    def full(tensors, path, metadata):
+        if metadata and json.loads(metadata["about"])["step"] == 6:
+            save(tensors, path, metadata=metadata)
+            Path("/dev/full").write_bytes(b"x")  # OSError: No space left on device
+        save(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr(trainer, "save_file", full)
+    with pytest.raises(OSError, match=r"of step 6 must be written .*No space left.*; the checkpoint of step 3 is kept"):
+        run(tmp_path)
+    assert not list(tmp_path.glob(".*"))
+    monkeypatch.undo()
+    run(tmp_path)
+    run(tmp_path / "whole")
+    assert curve(tmp_path) == curve(tmp_path / "whole")
+
+
+# Several processes.
+
+PROGRAM = """
+import sys; sys.path.insert(0, sys.argv[2])
+import torch; torch.set_num_threads(1)
+import test_distill_trainer as t
+from dataclasses import replace
+from bitnet_ref.distill.trainer import Devices, save_weights
+devices = Devices.start()
+for steps in (5, 8):  # the second goes on from the checkpoint of the first
+    made = t.distillation(seed=1 if steps == 5 else 4)
+    training = replace(t.TRAINING, schedule="constant", warm_up=0.0, steps=steps, accumulation=2)
+    t.run(sys.argv[1], training, made=made, devices=devices)
+"""
+
+
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_two_processes_have_the_losses_of_one(tmp_path, sharding):
+    """The same global batches: DDP and FSDP, two rows each, one at a time, up to the order of float32 sums."""
+    script = tmp_path / "script.py"
+    script.write_text(PROGRAM, encoding="utf-8")
+    # --multi_gpu is how accelerate's launcher names several local processes; without a GPU they talk by gloo.
+    how = ["--use_fsdp", "--fsdp_version", "2"] if sharding == "full" else ["--multi_gpu"]
+    how += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *how, "--main_process_port", "0"]
+    arguments = [str(script), str(tmp_path / "two"), str(Path(__file__).parent)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=500, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run(tmp_path / "one", replace(TRAINING, schedule="constant", warm_up=0.0))
+    # Adam divides by the root of the second moment, so where a gradient is near nothing its rounding counts.
+    np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=1e-3)
+    lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    starts = [(row["step"], row["processes"], row["sharding"]) for row in lines if row.get("event") == "start"]
+    assert starts == [(0, 2, sharding), (5, 2, sharding)]

@@ -14,7 +14,8 @@ SOURCES := $(shell find bitnet_ref pyx templates paper_figures -type f -not -nam
            meson.build meson.options pyproject.toml README.md
 
 .DEFAULT_GOAL := help
-.PHONY: help setup paper quick test test-random test-torch test-peers test-llama3 test-real parity fuzz lint sanitize counts notebook jupyter clean
+.PHONY: help setup paper quick test test-random test-torch test-peers test-llama3 test-real parity fuzz lint sanitize counts bench \
+  bench-quick bench-peers notebook jupyter clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -58,7 +59,7 @@ parity: setup  ## compare with transformers again and keep the errors for the re
 
 test-peers: setup  ## let llama.cpp run files written here (compiles llama.cpp, some 20 minutes the first time)
 	$(BIN)/pip install --quiet --disable-pip-version-check llama-cpp-python==0.3.36
-	$(BIN)/pytest -s tests/test_peers.py
+	$(BIN)/pytest -s tests/test_peers.py tests/test_bench_peers.py
 
 # The vectors and vocabularies lie in llama.cpp's sources, which the source package of its Python bindings carries. With Llama-3's
 # own tokenizer.json (under Meta's licence: get it yourself) copied to build/llama3/ that file is tested as well.
@@ -98,6 +99,17 @@ sanitize: $(VENV)/.dependencies  ## build with sanitisers and run the kernel tes
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  build/sanitized/bin/python -P -m pytest -p no:cacheprovider tests/test_kernels.py tests/test_linear.py tests/test_verify.py \
 	  tests/test_runtime.py
+
+# Peers are compiled for this very processor (llama.cpp some 20 minutes, ik_llama.cpp 10); nothing is done where they are installed.
+bench: bench-peers  ## measure every table of the README in one run, beside other programs (twelve minutes on a quiet machine)
+	$(BIN)/bitnet-ref bench all --out build/bench/$$(date -u +%Y-%m-%d).json
+
+bench-quick: bench-peers  ## a short look at the same, for no claim (two minutes)
+	$(BIN)/bitnet-ref bench all --quick --out build/bench/quick.json
+
+bench-peers: setup  ## install the programs that bench compares with
+	$(BIN)/python -c 'import llama_cpp, ik_llama_cpp, torch' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check \
+	  --no-binary llama-cpp-python,ik-llama-cpp-python llama-cpp-python==0.3.36 ik-llama-cpp-python==0.1.5 torch==2.13.0
 
 notebook: setup  ## run the notebooks again and keep their outputs
 	$(BIN)/python notebooks/run.py

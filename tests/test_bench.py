@@ -13,7 +13,7 @@ from bitnet_ref.cli import main
 from bitnet_ref.errors import BitnetRefError
 from bitnet_ref.measure import peers, speed, turns
 from bitnet_ref.measure.peers import PeerUnavailable, Worker, check_available
-from bitnet_ref.measure.peers.worker import answer
+from bitnet_ref.measure.peers.worker import answer, products
 from bitnet_ref.measure.problem import copies, problem
 from bitnet_ref.measure.ratio import LIKE, UnlikeError, ratio
 from bitnet_ref.measure.shapes import load_shapes, shape_lists
@@ -33,7 +33,7 @@ def made_up(name, connection):
         yield about | {"type": "rounded", "kernel": "rounded"}, lambda: exact * np.float32(1.001), 2
         yield about | {"type": "wrong", "kernel": "wrong"}, lambda: np.zeros_like(exact), 1
 
-    answer(connection, candidates)
+    answer(connection, products(candidates))
 
 
 def broken(name, connection):
@@ -42,7 +42,7 @@ def broken(name, connection):
     def candidates(w_q, x_q, threads):
         raise RuntimeError("no such function")
 
-    answer(connection, candidates)
+    answer(connection, products(candidates))
 
 
 def dying(name, connection):
@@ -161,7 +161,7 @@ def test_busy_rounds_are_seen(monkeypatch):
     """What the system counts beyond this process and its workers, as a share of all processors."""
     clock = iter(range(100))
     account = iter([0.0, 1.0, 1.0, 3.0])  # seconds: 1 in the first round, 2 in the second
-    monkeypatch.setattr(turns, "_busy_seconds", lambda: next(account))
+    monkeypatch.setattr(turns, "busy_seconds", lambda: next(account))
     monkeypatch.setattr(turns.time, "perf_counter", lambda: float(next(clock)))
     monkeypatch.setattr(turns.time, "process_time", lambda: 0.0)
     monkeypatch.setattr(turns.os, "cpu_count", lambda: 4)
@@ -173,10 +173,10 @@ def test_busy_rounds_are_seen(monkeypatch):
 
 
 def test_the_account_of_the_system_grows():
-    before = turns._busy_seconds()
+    before = turns.busy_seconds()
     if before is None:
         pytest.skip("needs /proc/stat")
-    assert turns._busy_seconds() >= before > 0
+    assert turns.busy_seconds() >= before > 0
 
 
 # --- peers ------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""``bench kernels`` and ``bench table``, in one group with ``bench model``."""
+"""``bench kernels``, ``bench all`` and ``bench table``, in one group with ``bench model``."""
 
 from __future__ import annotations
 
@@ -90,6 +90,47 @@ def bench_kernels(
     if out is not None:
         write_json(out, found)
     _print(found)
+
+
+@bench.command("all")
+@click.option("--peers", type=Words(), default="llama.cpp,ik_llama.cpp,torch,numpy", show_default=True)
+@click.option("--quick", is_flag=True, help="Two minutes: fewer rounds and tokens, no whole models. For no claim.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The result file to write.")
+@command
+def bench_all(peers: tuple[str, ...], quick: bool, out: Path) -> None:
+    """Everything that the README shows, in one run: products of one and many tokens, small batches, whole models."""
+    from bitnet_ref.measure.bench_all import markdown, measure_all
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    words = ["bitnet-ref", "bench", "all", f"--peers={','.join(peers)}", *(["--quick"] if quick else [])]
+    with bar() as progress:
+        task = progress.add_task("starting", total=1.0)
+        found = measure_all(
+            shlex.join(words),
+            out.parent,
+            peers,
+            quick,
+            lambda label, fraction: progress.update(task, description=label, completed=fraction),
+        )
+    write_json(out, found)
+    tables = out.with_suffix(".md")
+    tables.write_text(markdown(found), encoding="utf-8")
+    click.echo(f"results written to {out}, tables to {tables}")
+
+
+@bench.command("table")
+@click.argument("results", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@command
+def bench_table(results: Path) -> None:
+    """The tables of a result file of ``bench all`` as Markdown: targets, layers, batches, models."""
+    from bitnet_ref.measure.bench_all import markdown
+
+    try:
+        document = json.loads(results.read_text(encoding="utf-8"))
+        text = markdown(document)
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{results.name} is no result of bench all: {type(error).__name__} {error}") from None
+    click.echo(text, nl=False)
 
 
 def write_json(path: Path, document: object) -> None:

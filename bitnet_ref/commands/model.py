@@ -357,6 +357,7 @@ def bench() -> None:
     type=click.IntRange(min=0),
     help="Also time steps with so many tokens before them.",
 )
+@click.option("--peers", help="With a preset: also llama.cpp,ik_llama.cpp, each in a process of its own.")
 @scheme_option
 @head_option
 @cache_option
@@ -371,6 +372,7 @@ def bench_model(
     n_prompt: int,
     n_generate: int,
     depths: tuple[int, ...],
+    peers: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -382,12 +384,17 @@ def bench_model(
 
     if (model is None) == (preset is None):
         raise ValueError("exactly one of MODEL and --preset must be given")
+    if peers and preset is None:
+        raise ValueError("--peers compares models of random weights: give --preset and --random")
     if preset is not None:
         if not random_weights:
             raise ValueError("a preset has no weights; say --random to have them made up")
         matches = [name for name in PRESETS if name.lower() == preset.lower() or _short(name) == _short(preset)]
         if len(matches) != 1:
             raise ValueError(f"--preset must be one of 2b4t, {', '.join(PRESETS)}, got {preset!r}")
+        if peers:
+            _bench_beside_peers(matches[0], peers, threads, n_prompt, n_generate, as_json, options)
+            return
         options.pop("quantize")
         loaded = Model.random(PRESETS[matches[0]], 0, **options)
         what = f"{matches[0]}, random weights"
@@ -442,6 +449,42 @@ def bench_model(
                 f"{at['attention_fraction']:.0%}, other {at['other_fraction']:.1%}, Python {at['python_fraction']:.1%}",
                 highlight=False,
             )
+
+
+def _bench_beside_peers(
+    preset: str,
+    peers: str,
+    threads: tuple[int, ...],
+    n_prompt: int,
+    n_generate: int,
+    as_json: bool,
+    options: dict[str, Any],
+) -> None:
+    """The same network in every program, turn by turn."""
+    from bitnet_ref.measure.bench_all import model_table
+    from bitnet_ref.measure.model_peers import measure_models_beside_peers
+
+    words = ["bitnet-ref", "bench", "model", "--preset", preset, "--random", f"--peers={peers}"]
+    words += [f"--threads={n}" for n in threads] + [f"--prompt={n_prompt}", f"--generate={n_generate}"]
+    words += [f"--scheme={options['scheme']}", f"--head={options['head']}"]
+    with bar() as progress:
+        task = progress.add_task("starting", total=1.0)
+        found = measure_models_beside_peers(
+            shlex.join(words),
+            Path("build") / "bench",
+            tuple(name for name in peers.split(",") if name),
+            (options["head"],),
+            (options["scheme"],),
+            threads or (None,),
+            n_prompt,
+            n_generate,
+            preset=preset,
+            progress=lambda label, fraction: progress.update(task, description=label, completed=fraction),
+        )
+    if as_json:
+        emit(found)
+    else:
+        click.echo("\n".join(model_table(found["rows"])))
 
 
 def _short(name: str) -> str:

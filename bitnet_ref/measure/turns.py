@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["BUSY", "Program", "frequency_hz", "rounds", "sized", "spread"]
+__all__ = ["BUSY", "Program", "busy_seconds", "frequency_hz", "rounds", "sized", "spread"]
 
 SLICE_NS = 15_000_000
 """One program's turn in a round takes at least this long, or one call."""
@@ -81,7 +81,7 @@ def rounds(programs: Sequence[Program], n_rounds: int, threads: int, slow_turns:
     """
     others = []
     for _ in range(n_rounds):
-        account, start, own = _busy_seconds(), time.perf_counter(), time.process_time()
+        account, start, own = busy_seconds(), time.perf_counter(), time.process_time()
         for program in programs:
             if len(program.times) >= slow_turns and program.times[0] > 20 * SLICE_NS:
                 continue
@@ -93,7 +93,7 @@ def rounds(programs: Sequence[Program], n_rounds: int, threads: int, slow_turns:
                 time.sleep(SETTLE_S)
         own = time.process_time() - own
         if account is not None:
-            taken = (_busy_seconds() or account) - account
+            taken = (busy_seconds() or account) - account
             processors = (os.cpu_count() or 1) * (time.perf_counter() - start)
             others.append(max(0.0, taken - own) / processors)
     return others
@@ -105,7 +105,7 @@ def spread(times: Sequence[float]) -> dict[str, Any]:
     return {"median_ns": float(median), "low_ns": float(low), "high_ns": float(high), "repeats": len(times)}
 
 
-def _busy_seconds() -> float | None:
+def busy_seconds() -> float | None:
     """Seconds that all processors together have not been idle since boot, stolen ones included."""
     try:
         fields = [int(value) for value in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]

@@ -13,7 +13,7 @@ from bitnet_ref.measure.peers import ERROR_LIMIT
 from bitnet_ref.measure.problem import problem
 from bitnet_ref.measure.turns import SLICE_NS
 
-__all__ = ["Candidate", "answer", "serve"]
+__all__ = ["Candidate", "answer", "products", "serve"]
 
 Candidate = tuple[dict[str, Any], Callable[[], np.ndarray], int]
 """Columns of a row; a call that does some units of work and returns the result of the last; how many units."""
@@ -27,11 +27,11 @@ def serve(name: str, connection: Any) -> None:
         from bitnet_ref.measure.peers.ggml import Ggml
 
         candidates = Ggml(name).candidates
-    answer(connection, candidates)
+    answer(connection, products(candidates))
 
 
-def answer(connection: Any, candidates: Callable[..., Iterator[Candidate]]) -> None:
-    """The protocol: ``prepare`` a product, take a ``turn``; an error is an answer, too."""
+def products(candidates: Callable[..., Iterator[Candidate]]) -> dict[str, Callable[..., Any]]:
+    """The requests of a peer that multiplies: ``prepare`` a product, take a ``turn``."""
     ready: dict[int, tuple[Callable[[], np.ndarray], int, int]] = {}
     numbers = itertools.count()
 
@@ -63,7 +63,22 @@ def answer(connection: Any, candidates: Callable[..., Iterator[Candidate]]) -> N
         taken = time.perf_counter_ns() - start
         return taken / (repeats * units), time.process_time() - spent
 
-    does = {"prepare": prepare, "turn": turn}
+    return {"prepare": prepare, "turn": turn}
+
+
+def answer(connection: Any, does: dict[str, Callable[..., Any]]) -> None:
+    """Answer requests by these functions until the other end closes; an error is an answer, too.
+
+    ``processor_seconds``, what this process has spent since it was last asked, is known to all.
+    """
+    spent = time.process_time()
+
+    def processor_seconds() -> float:
+        nonlocal spent
+        before, spent = spent, time.process_time()
+        return spent - before
+
+    does = {**does, "processor_seconds": processor_seconds}
     while True:
         try:
             what, arguments = connection.recv()

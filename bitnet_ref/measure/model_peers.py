@@ -140,15 +140,31 @@ def measure_models_beside_peers(
                     # The types that interleave rows are made at load from the plain ones.
                     repack = type_name.endswith("_R4")
                     stored = type_name.removesuffix("_R4")
-                    worker = Worker(serve_peer, peer)
                     path = folder / f"{preset.rsplit('/')[-1]}-{peer}-{stored}-{head}.gguf"
                     if not path.exists():
                         report(f"writing {path.name}", h / len(heads))
-                        worker.ask("write", path, peer, PRESETS[preset], stored, head)
-                    workers.append(({"program": peer, "type": type_name}, worker, (str(path), repack)))
+                        writer = Worker(serve_peer, peer)  # one of its own, so that no peak of memory is of writing
+                        try:
+                            writer.ask("write", path, peer, PRESETS[preset], stored, head)
+                        finally:
+                            writer.close()
+                    about = {"program": peer, "type": type_name}
+                    workers.append((about, Worker(serve_peer, peer), (str(path), repack)))
             for j, count in enumerate(counts):
                 report(f"head {head}, {count} thread(s)", (h + j / len(counts)) / len(heads))
                 rows += _stage(workers, head, count, prompt, written, n_rounds, preset)
+            # Last, since the probe of the read bandwidth needs memory of its own.
+            for about, worker, _ in workers:
+                for row in rows:
+                    if about["program"] == "bitnet_ref" and (row["program"], row["type"], row["head"]) == (
+                        "bitnet_ref",
+                        about["type"],
+                        head,
+                    ):
+                        account = worker.ask("account", row["threads"])
+                        row["bytes_per_token"] = account["bytes_per_token"]
+                        row["read_bandwidth_fraction"] = account["read_bandwidth_fraction"]
+                        row["outside_fraction"] = 1 - account["product_fraction"] - account["head_fraction"]
         finally:
             for _, worker, _ in workers:
                 worker.close()
@@ -219,10 +235,5 @@ def _stage(
             "read_bandwidth_fraction": None,
             "outside_fraction": None,
         }
-        if about["program"] == "bitnet_ref":
-            account = worker.ask("account", threads)
-            row["bytes_per_token"] = account["bytes_per_token"]
-            row["read_bandwidth_fraction"] = account["read_bandwidth_fraction"]
-            row["outside_fraction"] = 1 - account["product_fraction"] - account["head_fraction"]
         rows.append(row)
     return rows

@@ -18,8 +18,12 @@ cnp.import_array()
 # int32 (interleaved_rows.pyx.j2), and the tables of one token then take at most 1 MiB.
 SEGMENT_COLUMNS = 65536
 cdef Py_ssize_t SEGMENT = SEGMENT_COLUMNS
-# Bytes of operands (activations, or tables) that a pass over the weights works on: they stay in a second-level cache.
-cdef Py_ssize_t OPERAND_BYTES = 262144
+# Bytes of operands (activations, or tables) that a pass over the weights works on. Tables are read at random places and should
+# stay in a second-level cache; activations are read in order, and each pass decodes the weights anew.
+cdef Py_ssize_t OPERAND_BYTES = 1048576
+cdef Py_ssize_t LUT_BYTES = 262144
+# A thread's share is whole panels of tiles (panel_rows.pyx.j2) where there are many tokens, if every thread gets some.
+cdef Py_ssize_t PANEL_TILES = 16
 cdef Py_ssize_t TABLE_BYTES = 256  # of one block: eight lookups of 32 bytes
 
 
@@ -39,14 +43,23 @@ cdef void run_tiles(matmul_t kernel, const unsigned char* w, Py_ssize_t w_stride
             memcpy(out + t * out_stride + (last - 1) * rows, scratch + t * rows, (m - (last - 1) * rows) * sizeof(int))
 
 
+cdef int sum_of(const signed char* x, Py_ssize_t n) noexcept nogil:
+    cdef int total = 0
+    cdef Py_ssize_t i
+    for i in range(n):
+        total += x[i]
+    return total
+
+
 cdef int run(matmul_t kernel, lut_t build, const unsigned char* w, Py_ssize_t w_stride, Py_ssize_t m,
              const signed char* x, Py_ssize_t x_stride, Py_ssize_t n_tokens, int* out, Py_ssize_t out_stride,
              Py_ssize_t rows, Py_ssize_t block, Py_ssize_t n_blocks, int n_threads) except -1 nogil:
     # One segment: n_blocks whole blocks of every row.
     cdef Py_ssize_t n_tiles = (m + rows - 1) // rows
     cdef Py_ssize_t operand = n_blocks * (TABLE_BYTES if build != NULL else block)
-    cdef Py_ssize_t batch = max(4, OPERAND_BYTES // operand // 4 * 4)
-    cdef Py_ssize_t i, t, k, count, chunk
+    cdef Py_ssize_t batch = max(4, (LUT_BYTES if build != NULL else OPERAND_BYTES) // operand // 4 * 4)
+    cdef Py_ssize_t unit = PANEL_TILES if n_tokens > 1 and n_tiles >= 2 * PANEL_TILES * n_threads else 1
+    cdef Py_ssize_t i, t, count, chunk
     cdef int n_parts = <int>min(<Py_ssize_t>n_threads, n_tiles)
     cdef int* sums = NULL
     cdef int* scratch = NULL
@@ -66,10 +79,8 @@ cdef int run(matmul_t kernel, lut_t build, const unsigned char* w, Py_ssize_t w_
             raise MemoryError("no memory for the work buffers of a matrix product")
     cdef signed char* aligned = tables + (-<Py_ssize_t>tables & 63)
     if build == NULL:
-        for t in range(n_tokens):
-            sums[t] = 0
-            for k in range(n_blocks * block):
-                sums[t] += x[t * x_stride + k]
+        for t in prange(n_tokens, num_threads=n_threads if n_tokens > 1 else 1, schedule='static'):
+            sums[t] = sum_of(x + t * x_stride, n_blocks * block)
     t = 0
     while t < n_tokens:
         count = min(batch, n_tokens - t)
@@ -87,7 +98,9 @@ cdef int run(matmul_t kernel, lut_t build, const unsigned char* w, Py_ssize_t w_
                       <const signed char*>aligned if build != NULL else x + t * x_stride,
                       operand if build != NULL else x_stride,
                       sums + t, out + t * out_stride, out_stride, rows, m,
-                      n_tiles * i // n_parts, n_tiles * (i + 1) // n_parts, n_blocks, count, scratch)
+                      n_tiles * i // n_parts // unit * unit,
+                      n_tiles if i + 1 == n_parts else n_tiles * (i + 1) // n_parts // unit * unit,
+                      n_blocks, count, scratch)
         t += count
     free(sums)
     free(scratch)

@@ -43,6 +43,8 @@ def environment():
         keep_trailing_newline=True,
     )
     env.globals["fields_of_81"] = fields_of_81()
+    # n * inverse32[n] = 1 modulo 2^32, as a signed number: an exact division by an odd n is a product.
+    env.globals["inverse32"] = {n: (pow(n, -1, 2**32) + 2**31) % 2**32 - 2**31 for n in (3, 9, 27, 81)}
     return env
 
 

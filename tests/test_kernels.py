@@ -109,6 +109,35 @@ def test_many_tokens_and_tiles(name, kernel):
     np.testing.assert_array_equal(got, product(w_q, x_q))
 
 
+PANEL_TILES = 16  # tiles of a panel in panel_rows.pyx.j2, or a multiple of them
+PANEL_DEPTH = 512  # columns of a panel at a time
+
+
+@every_kernel
+def test_panels(name, kernel):
+    """Panels and single tiles behind them, one depth and several, and micro-tiles of every number of tokens."""
+    rng = np.random.default_rng(18)
+    tokens = itertools.cycle((3, 4, 5, 6, 7, 8, 9, 11, 13, 16, 17, 19, 20, 21, 22, 23, 29))
+    for tiles, k in itertools.product(
+        (PANEL_TILES // 2, PANEL_TILES, 2 * PANEL_TILES + 1),
+        (name.block, PANEL_DEPTH, PANEL_DEPTH + 1, 2 * PANEL_DEPTH + name.block + 3),
+    ):
+        for t in itertools.islice(tokens, 3):
+            w_q, x_q = dense(rng, tiles * name.rows - 1, k, t)
+            got = kernel(x_q, br.pack(w_q, name.scheme), n_threads=1 + t % 3)
+            np.testing.assert_array_equal(got, product(w_q, x_q), err_msg=f"{tiles} tiles, K = {k}, T = {t}")
+
+
+@every_kernel
+@pytest.mark.parametrize("weight", [1, -1])
+@pytest.mark.parametrize("activation", [127, -128])
+def test_worst_cases_fill_no_accumulator_of_a_panel(name, kernel, weight, activation):
+    for k in (PANEL_DEPTH // 2, PANEL_DEPTH, 7000):
+        w_q = np.full((PANEL_TILES * name.rows, k), weight, np.int8)
+        got = kernel(np.full((17, k), activation, np.int8), br.pack(w_q, name.scheme))
+        assert (got == weight * activation * k).all(), f"K = {k}: expected {weight * activation * k}, got {got}"
+
+
 @every_kernel
 @pytest.mark.parametrize("weight", [1, -1])
 @pytest.mark.parametrize("activation", [127, -128])
@@ -267,6 +296,14 @@ for name in kernels.supported():
             print(name, k, at_end, flush=True)
             got = kernels.get(name)(fenced(x_q, at_end), matrix, n_threads=2, out=out)
             assert np.array_equal(got, x_q.astype(np.int32) @ w_q.T.astype(np.int32)), name
+    for at_end in (True, False):  # panels of tiles
+        w_q = rng.integers(-1, 2, (17 * name.rows, 577), dtype=np.int8)
+        x_q = rng.integers(-128, 128, (17, 577), dtype=np.int8)
+        data = fenced(br.pack(w_q, name.scheme).data, at_end)
+        freeze(data)
+        out = fenced(np.zeros((17, 17 * name.rows), np.int32), at_end)
+        kernels.get(name)(fenced(x_q, at_end), PackedTernary(data, w_q.shape, name.scheme), n_threads=1, out=out)
+        assert np.array_equal(out, x_q.astype(np.int32) @ w_q.T.astype(np.int32)), name
 print("done")
 """
 

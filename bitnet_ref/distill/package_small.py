@@ -166,6 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--machine", default=platform.machine(), help="what the runs were made on, in words")
     options = parser.parse_args(arguments)
     torch.set_flush_denormal(True)
+    torch.set_num_threads(1)  # the work is small, and threads that wait for it spin
 
     runs = {"ternary": _run_record(options.ternary), "twin": _run_record(options.twin)}
     if runs["ternary"]["step"] != runs["twin"]["step"]:

@@ -146,7 +146,9 @@ class Losses:
     cosine: bool = False
     after_rope: bool = False
     teacher_cache: bool = False
-    """Compute the teacher's side once and keep it on disk, instead of in each step."""
+    """Run the teacher once over all examples and keep its outputs on disk, instead of running it in each step."""
+    teacher_top_k: int = 0
+    """In the cache: keep so many of the largest logits and the rest as one; 0 for all."""
 
 
 @dataclass(frozen=True)

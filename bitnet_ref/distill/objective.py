@@ -7,6 +7,7 @@ head, a quarter of the parameters of a 135 M model, costs next to nothing.
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,10 @@ from torch.nn import functional
 from bitnet_ref.distill.config import Losses
 from bitnet_ref.distill.losses import attention_relation_loss, logits_loss
 from bitnet_ref.distill.student import capture_qkv
+from bitnet_ref.distill.teacher_cache import coarsen
 from bitnet_ref.distill.trainer import Counts
 
-__all__ = ["Distillation", "LanguageModelling", "Scored", "answer_positions", "label_positions"]
+__all__ = ["Distillation", "LanguageModelling", "Scored", "answer_positions", "compared_positions", "label_positions"]
 
 
 def label_positions(labels: Tensor) -> Tensor:
@@ -63,6 +65,13 @@ def answer_positions(attention_mask: Tensor, labels: Tensor) -> Tensor:
     return found | (last & ~found.any(1, keepdim=True))
 
 
+def compared_positions(losses: Losses, attention_mask: Tensor, labels: Tensor) -> Tensor:
+    """Mask of shape (B, T), bool: where the logits of student and teacher are compared."""
+    if not losses.lambda_:
+        return torch.zeros_like(attention_mask, dtype=torch.bool)
+    return attention_mask.bool() if losses.positions == "tokens" else answer_positions(attention_mask, labels)
+
+
 class LanguageModelling(nn.Module):
     """Cross-entropy of the scored labels: fine-tuning and continued pre-training, [BitDistill, Eq. 7].
 
@@ -86,34 +95,28 @@ class Distillation(nn.Module):
 
     Parameters
     ----------
-    student, teacher : Module
-        No parameter of the teacher is trained, and it is not part of the state of this module.
+    student : Module
+    teacher : LiveTeacher or TeacherCache
+        See :mod:`bitnet_ref.distill.teacher_cache`; it gives the relations if gamma is above 0.
     losses : Losses
 
     Raises
     ------
     ValueError
-        If the vocabularies differ, or the layer is not there.
+        If the layer is not there.
 
     Notes
     -----
-    Terms with weight 0 are not computed. Queries, keys and values are caught by hooks, which :meth:`close` removes.
+    Terms with weight 0 are not computed. Queries, keys and values of the student are caught by hooks, which
+    :meth:`close` removes.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, losses: Losses) -> None:
+    def __init__(self, student: nn.Module, teacher: Any, losses: Losses) -> None:
         super().__init__()
-        sizes = student.lm_head.out_features, teacher.lm_head.out_features
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                f"student and teacher must have one vocabulary, they have {sizes[0]} and {sizes[1]} tokens"
-            )
-        self.scored, self._losses = Scored(student), losses
-        self._teacher = (Scored(teacher).eval().requires_grad_(False),)  # in a tuple, or it would be trained
+        self.scored, self._teacher, self._losses = Scored(student), teacher, losses
         self._hooks = ExitStack()
         if losses.gamma:
-            layer = losses.layer if losses.teacher_layer is None else losses.teacher_layer
-            self._q = self._hooks.enter_context(capture_qkv(student, losses.layer, after_rope=losses.after_rope))
-            self._p = self._hooks.enter_context(capture_qkv(teacher, layer, after_rope=losses.after_rope))
+            self._qkv = self._hooks.enter_context(capture_qkv(student, losses.layer, after_rope=losses.after_rope))
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -123,24 +126,20 @@ class Distillation(nn.Module):
         """``loss`` and its terms before their weights: ``ce``, ``ld``, ``ad``, each in nats a position."""
         losses = self._losses
         scored = label_positions(labels)
-        if not losses.lambda_:
-            compared = torch.zeros_like(scored)
-        elif losses.positions == "tokens":
-            compared = attention_mask.bool()
-        else:
-            compared = answer_positions(attention_mask, labels)
+        compared = compared_positions(losses, attention_mask, labels)
         wanted = scored | compared
         student = self.scored(input_ids, attention_mask, wanted)  # (N, V)
         terms = {"ce": _cross_entropy(student[scored[wanted]], labels) / max(counts.labels, 1)}
         total = terms["ce"]
         if losses.lambda_ or losses.gamma:
-            with torch.no_grad():
-                teacher = self._teacher[0](input_ids, attention_mask, compared)
+            teacher = self._teacher.outputs(input_ids, attention_mask, compared)
         if losses.lambda_:
             rows = student[compared[wanted]]
+            if teacher.indices is not None:
+                rows = coarsen(rows, teacher.indices, losses.tau)
             terms["ld"] = logits_loss(
                 rows[None],
-                teacher[None],
+                teacher.logits[None],
                 torch.ones(1, len(rows), dtype=torch.bool, device=rows.device),
                 tau=losses.tau,
                 tau_squared=losses.tau_squared,
@@ -149,8 +148,8 @@ class Distillation(nn.Module):
             total = total + losses.lambda_ * terms["ld"]
         if losses.gamma:
             terms["ad"] = attention_relation_loss(
-                tuple(self._q),
-                tuple(self._p),
+                tuple(self._qkv),
+                teacher.relations,
                 attention_mask.bool(),
                 heads=losses.heads,
                 alphas=losses.alphas,

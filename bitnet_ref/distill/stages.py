@@ -12,7 +12,8 @@ bitdistill     pretrain, distilled by both: stage 3
 =============  =====================================================================================================
 
 A run is a folder: ``config.json``, ``record.json``, ``splits.txt``, and for every seed and stage ``metrics.jsonl``,
-``result.json`` and, of teacher, direct and bitdistill, ``model/``.
+``result.json``; of teacher, direct and bitdistill also ``model/``; of these two students also ``export/`` and, of
+classifiers, ``answers.safetensors``: what PyTorch answers to every prompt of the test split, for the kernels to repeat.
 """
 
 from __future__ import annotations
@@ -35,10 +36,13 @@ from torch.nn import functional
 
 from bitnet_ref.distill import data, models, synthetic, tasks
 from bitnet_ref.distill.config import STAGES, Config, Training, digest
-from bitnet_ref.distill.objective import Distillation, LanguageModelling, Scored
+from bitnet_ref.distill.export import answer, export_student, round_tables
+from bitnet_ref.distill.objective import Distillation, LanguageModelling, Scored, compared_positions
 from bitnet_ref.distill.student import insert_subln, save_student, ternarise
+from bitnet_ref.distill.teacher_cache import LiveTeacher, TeacherCache
 from bitnet_ref.distill.text import END_OF_TEXT, TextEncoder, train_tokenizer
 from bitnet_ref.distill.trainer import Batch, Devices, load_weights, save_weights, train
+from bitnet_ref.formats.answers import write_answers
 
 __all__ = ["KEPT", "VARIANTS", "Run", "Variant", "dry", "with_parents"]
 
@@ -233,16 +237,18 @@ class Run:
                 )
             return result
         self.say(f"{name}, seed {seed}: {training.steps:,} steps of {training.batch}")
-        model, objective = self._build(name, seed)
+        rows: list[Any] = []
         if name == "pretrain":
             corpus = self.corpus(seed)
             batches: Callable[[int], Batch] = lambda step: corpus.batch(step, training.batch)  # noqa: E731
             evaluate: Callable[[], dict[str, float]] = lambda: self._held_out(objective.scored, corpus)  # noqa: E731
         else:
             examples = self._limited(self.splits.train, self.config.data.train_limit)
-            batches = tasks.batches(self.task, self.encoder, examples, training.batch, seed).batch
+            prepared = tasks.batches(self.task, self.encoder, examples, training.batch, seed)
+            batches, rows = prepared.batch, prepared.rows
             dev = self._limited(self.splits.dev, self.config.data.dev_limit)
             evaluate = lambda: self.evaluate(objective.scored, dev, training.autocast == "bfloat16")  # noqa: E731
+        model, objective, close = self._build(name, seed, rows)
         found = train(
             objective,
             training,
@@ -254,8 +260,7 @@ class Run:
             devices=self.devices,
             quiet=self.quiet,
         )
-        if isinstance(objective, Distillation):
-            objective.close()
+        close()
         if name == "pretrain" or self.devices.sharding == "full":
             self._keep_weights(folder / "weights.safetensors", model)
         if self.devices.world > 1 and self.devices.sharding == "full":
@@ -263,6 +268,8 @@ class Run:
             load_weights(folder / "weights.safetensors", model)
             model.to(self.devices.device)
         result: dict[str, Any] = {"stage": name, "seed": seed, "identity": identity, **dataclasses.asdict(found)}
+        if name in KEPT and name != "teacher":
+            round_tables(model)  # so that what is tested is what the files hold
         if name != "pretrain":
             test = self._limited(self.splits.test, self.config.data.test_limit)
             result["test"] = self.evaluate(Scored(model), test, False)
@@ -270,7 +277,7 @@ class Run:
         result["settings"] = settings
         if self.devices.main:
             if name in KEPT:
-                self._save(model, folder / "model", ternary=name != "teacher")
+                self._save(model, folder, ternary=name != "teacher")
             _write_json(done, result)
             if not self.config.keep_checkpoints:
                 for leftover in ("last.safetensors", "best.safetensors"):
@@ -334,8 +341,8 @@ class Run:
             positions = np.zeros(batch["input_ids"].shape, bool)
             positions[np.arange(len(ends)), ends] = True
             logits = self._logits(scored, batch, positions, autocast)
-            for i, answer in zip(chosen, self.task.predict(logits, self.encoder), strict=True):
-                predictions[i] = answer
+            for i, label in zip(chosen, self.task.predict(logits, self.encoder), strict=True):
+                predictions[i] = label
             names = list(self.task.labels)
             targets = torch.tensor([names.index(examples[i].label) for i in chosen], device=logits.device)
             nats += float(functional.cross_entropy(logits[:, ids].float(), targets, reduction="sum"))
@@ -444,8 +451,10 @@ class Run:
             gamma=losses.gamma if variant.attention else 0.0,
         )
 
-    def _build(self, name: str, seed: int) -> tuple[nn.Module, nn.Module]:
-        """What is trained, and its objective."""
+    def _build(
+        self, name: str, seed: int, rows: list[Any]
+    ) -> tuple[nn.Module, LanguageModelling | Distillation, Callable[[], None]]:
+        """What is trained, its objective, and what to call at the end."""
         model = self._plain(name, seed)
         variant = VARIANTS.get(name)
         if variant and variant.pretrained:
@@ -453,11 +462,36 @@ class Run:
             load_weights(self.folder("pretrain", seed) / "weights.safetensors", model)
         model.to(self.devices.device)
         if not (variant and (variant.logits or variant.attention)):
-            return model, LanguageModelling(model)
-        teacher = self._teacher(seed).to(self.devices.device)
+            return model, LanguageModelling(model), lambda: None
+        losses = self._losses(variant)
+        teacher = self._teacher(seed).to(self.devices.device).eval().requires_grad_(False)
         if self.config.distill.autocast == "bfloat16":
             teacher.to(torch.bfloat16)
-        return model, Distillation(model, teacher, self._losses(variant))
+        layer = losses.layer if losses.teacher_layer is None else losses.teacher_layer
+        source: Any = LiveTeacher(Scored(teacher), layer if losses.gamma else None, after_rope=losses.after_rope)
+        close = source.close
+        if losses.teacher_cache:
+            if not self.devices.main:
+                self.devices.barrier()  # the first process writes, and the others find it written
+            source = TeacherCache(
+                self.out / "teacher-cache",
+                source,
+                rows,
+                lambda mask, labels: compared_positions(losses, mask, labels),
+                top_k=losses.teacher_top_k if losses.lambda_ else 0,
+                tau=losses.tau,
+                say=self.say,
+            )
+            if self.devices.main:
+                self.devices.barrier()
+            close()
+        objective = Distillation(model, source, losses)
+
+        def finish() -> None:
+            objective.close()
+            close()
+
+        return model, objective, finish
 
     def _plain(self, name: str, seed: int) -> nn.Module:
         """The network of a stage, before it is trained or given the weights of an earlier one."""
@@ -477,17 +511,30 @@ class Run:
         return models.load_base(replace(self.config.model, folder=str(folder), gguf_file=""), seed, 0)
 
     def _save(self, model: nn.Module, folder: Path, *, ternary: bool) -> None:
-        """A model as a folder that is whole or not there."""
+        """``model/``, whole or not there; of a student also ``export/`` and, of a classifier, what it answered."""
         student = self.config.student
         if ternary and (student.subln == "every-linear" or student.quantizer != "absmean"):
-            self.say(f"no {folder}: checkpoints have no form for norms before every layer, or for other quantisers")
+            self.say(f"no {folder}/model: checkpoints have no form for norms before every layer, or other quantisers")
             return
-        temporary = folder.with_name(".model")
+        temporary = folder / ".model"
         shutil.rmtree(temporary, ignore_errors=True)
         save_student(model, temporary, ternary=ternary)
         models.save_tokenizer(self.tokenizer, temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        shutil.rmtree(folder / "model", ignore_errors=True)
+        os.replace(temporary, folder / "model")
+        if not ternary:
+            return
+        for form, report in export_student(folder / "model", folder / "export").items():
+            if isinstance(report, str):
+                self.say(f"no {form} of this student: {report}")
+        if isinstance(self.task, tasks.ClassificationTask):
+            examples = self._limited(self.splits.test, self.config.data.test_limit)
+            ids = self.task.label_ids(self.encoder)
+            encode = self.task.encoder(self.encoder)
+            prompts = [encode(replace(example, label=None))[0].tolist() for example in examples]
+            correct = [list(ids).index(example.label) for example in examples]
+            answers = answer(model, prompts, list(ids.values()), list(ids), correct)
+            write_answers(answers, folder / "answers.safetensors")
 
     def _keep_weights(self, path: Path, model: nn.Module) -> None:
         temporary = path.with_name("." + path.name)

@@ -29,7 +29,7 @@ cdef extern from "decoder_steps.h" nogil:
                     Py_ssize_t half) noexcept nogil
         void (*activate)(const float* x, float* y, Py_ssize_t n, int kind) noexcept nogil
         void (*attend)(const float* q, Py_ssize_t heads, const char* k, Py_ssize_t k_stride, const char* v,
-                    Py_ssize_t v_stride, Py_ssize_t n, Py_ssize_t d, int half, double scale, double* scratch,
+                    Py_ssize_t v_stride, Py_ssize_t n, Py_ssize_t d, int half, float scale, float* scratch,
                     float* out) noexcept nogil
         void (*head)(const unsigned char* w, Py_ssize_t row_bytes, Py_ssize_t rows, const float* x, Py_ssize_t x_stride,
                   Py_ssize_t tokens, Py_ssize_t k, float* out, Py_ssize_t out_stride, int type) noexcept nogil
@@ -438,7 +438,7 @@ cdef class Steps:
             self.call.activate(source + i * part, target + i * part, min(part, n - i * part), kind)
         return y
 
-    def attention(self, q, k, v, double scale, window=None):
+    def attention(self, q, k, v, float scale, window=None):
         """As reference.attention.attention; k and v float32 or float16, of any strides but along D."""
         cdef _View a = _contiguous(q, float32, "q", 3)
         if k.dtype != float32 and k.dtype != float16:
@@ -462,7 +462,7 @@ cdef class Steps:
         parts = kv_heads * split
         group //= split
         cdef Py_ssize_t scratch_size = STEP_ATTEND_SCRATCH(min(n, seen), d)
-        cdef double* scratch = <double*>malloc(n_threads * scratch_size * sizeof(double))
+        cdef float* scratch = <float*>malloc(n_threads * scratch_size * sizeof(float))
         if scratch == NULL:
             raise MemoryError("no memory for the scores of attention")
         cdef const float* queries = <const float*>a.buffer.buf

@@ -22,8 +22,9 @@
 enum { ACTIVATE_RELU2, ACTIVATE_SILU, ACTIVATE_GELU_TANH };
 enum { TABLE_F32, TABLE_F16, TABLE_BF16, TABLE_Q8_0, TABLE_Q6_K, TABLE_Q4_0 };
 
-/* Doubles of scratch that step_attend needs: four heads of scores and four padded queries. */
-#define STEP_ATTEND_SCRATCH(n, d) (4 * (((n) + 7) / 8 * 8 + ((d) + 15) / 16 * 16))
+/* Floats of scratch that step_attend needs: four heads of scores, queries and sums, and some rows of a cache. */
+#define ATTEND_ROWS 32
+#define STEP_ATTEND_SCRATCH(n, d) (4 * (((n) + 15) / 16 * 16) + (8 + ATTEND_ROWS) * (((d) + 15) / 16 * 16))
 
 /* A head of integers: a token as head_prepare leaves it, and four decoded rows of the table. K is filled up with zeros to
  * a multiple of 512, so that scales come in whole vectors. */
@@ -44,7 +45,7 @@ typedef struct {
     void (*rotate)(const float *x, const float *cosine, const float *sine, float *y, ptrdiff_t heads, ptrdiff_t half);
     void (*activate)(const float *x, float *y, ptrdiff_t n, int kind);
     void (*attend)(const float *q, ptrdiff_t heads, const char *k, ptrdiff_t k_stride, const char *v,
-                   ptrdiff_t v_stride, ptrdiff_t n, ptrdiff_t d, int half, double scale, double *scratch, float *out);
+                   ptrdiff_t v_stride, ptrdiff_t n, ptrdiff_t d, int half, float scale, float *scratch, float *out);
     void (*head)(const uint8_t *w, ptrdiff_t row_bytes, ptrdiff_t rows, const float *x, ptrdiff_t x_stride,
                  ptrdiff_t tokens, ptrdiff_t k, float *out, ptrdiff_t out_stride, int type);
     int (*head_prepare)(const float *x, ptrdiff_t k, int type, char *token);
@@ -259,101 +260,109 @@ static void step_gate(const int32_t *gate, const int32_t *up, float *y, ptrdiff_
 
 /* ---- attention of one token's query heads that share a key/value head ---------------------------------------------- */
 
-/* n <= 16 values of a cache row from column i on as floats, zeros behind them. */
-STEP_INLINE const float *cache_values(const char *row, ptrdiff_t i, ptrdiff_t n, int half, float *copy) {
-    if (half) {
-        uint16_t bits[16];
-        if (n < 16) memset(bits, 0, sizeof(bits));
-        memcpy(bits, row + 2 * i, n == 16 ? 32 : 2 * (size_t)n);
-        for (int j = 0; j < 16; j++) copy[j] = half_to_float(bits[j]);
-        return copy;
+/* `count` rows of a cache as floats, zeros up to a multiple of 16 columns: where they lie if that is so, else in `copy`. */
+STEP_INLINE const float *cache_rows(const char *rows, ptrdiff_t stride, ptrdiff_t count, ptrdiff_t d, int half, float *copy,
+                                    ptrdiff_t *row_floats) {
+    const ptrdiff_t padded = (d + 15) / 16 * 16;
+    if (!half && d == padded && stride % 4 == 0) {
+        *row_floats = stride / 4;
+        return (const float *)rows;
     }
-    if (n == 16) return (const float *)row + i;
-    memset(copy, 0, 64);
-    memcpy(copy, row + 4 * i, 4 * (size_t)n);
+    *row_floats = padded;
+    for (ptrdiff_t s = 0; s < count; s++) {
+        float *to = copy + s * padded;
+        const char *row = rows + s * stride;
+        if (half) {
+            uint16_t bits[16];
+            for (ptrdiff_t i = 0; i < padded; i += 16) {
+                const ptrdiff_t n = d - i < 16 ? d - i : 16;
+                if (n < 16) memset(bits, 0, sizeof(bits));
+                memcpy(bits, row + 2 * i, n == 16 ? 32 : 2 * (size_t)n);
+                for (int j = 0; j < 16; j++) to[i + j] = half_to_float(bits[j]);
+            }
+        } else {
+            memcpy(to, row, 4 * (size_t)d);
+            memset(to + d, 0, 4 * (size_t)(padded - d));
+        }
+    }
     return copy;
 }
 
-/* G query heads at a time, so that a key or value is loaded and widened once for all of them. `q` and `scores` are G rows
- * of `padded` and `stride` doubles. Columns go in blocks of sixteen, whose two halves share the eight lanes of a dot
- * product; for the values, a block is the outer loop and its sums stay in registers. */
-#define DEFINE_ATTEND(G, HALF)                                                                                        \
-    static void attend_##G##_##HALF(const double *q, const char *k, ptrdiff_t k_stride, const char *v,                 \
-                                    ptrdiff_t v_stride, ptrdiff_t n, ptrdiff_t d, double scale, double *scores,        \
-                                    ptrdiff_t stride, float *out) {                                                    \
-        const ptrdiff_t padded = (d + 15) / 16 * 16;                                                                   \
-        double largest[G], total[G];                                                                                   \
-        float copy[16] __attribute__((aligned(64)));                                                                   \
-        for (int g = 0; g < G; g++) largest[g] = -INFINITY;                                                            \
-        for (ptrdiff_t s = 0; s < n; s++) {                                                                            \
-            vec_f64 sum[G][ND];                                                                                        \
-            memset(sum, 0, sizeof(sum));                                                                               \
-            for (ptrdiff_t i = 0; i < padded; i += 16) {                                                               \
-                const float *keys = cache_values(k + s * k_stride, i, d - i < 16 ? d - i : 16, HALF, copy);        \
-                for (int j = 0; j < 2; j++)                                                                            \
-                    for (int w = 0; w < ND; w++) {                                                                     \
-                        const vec_f64 key = widened(keys + 8 * j, w);                                                  \
-                        for (int g = 0; g < G; g++) {                                                                  \
-                            vec_f64 a;                                                                                 \
-                            memcpy(&a, q + g * padded + i + 8 * j + w * (WIDTH / 8), WIDTH);                           \
-                            sum[g][w] += a * key;                                                                      \
-                        }                                                                                              \
-                    }                                                                                                  \
-            }                                                                                                          \
-            for (int g = 0; g < G; g++) {                                                                              \
-                const double score = sum_lanes_f64(sum[g]) * scale;                                                    \
-                scores[g * stride + s] = score;                                                                        \
-                if (!(score <= largest[g])) largest[g] = score;                                                        \
-            }                                                                                                          \
-        }                                                                                                              \
-        for (int g = 0; g < G; g++) {                                                                                  \
-            vec_f64 sum[ND];                                                                                           \
-            double *row = scores + g * stride;                                                                         \
-            memset(sum, 0, sizeof(sum));                                                                               \
-            for (ptrdiff_t s = n; s < stride; s++) row[s] = -INFINITY;                                                 \
-            for (ptrdiff_t s = 0; s < stride; s++) row[s] = exp_f64(row[s] - largest[g]);                              \
-            for (ptrdiff_t s = 0; s < stride; s += 8)                                                                  \
-                for (int w = 0; w < ND; w++) {                                                                         \
-                    vec_f64 a;                                                                                         \
-                    memcpy(&a, row + s + w * (WIDTH / 8), WIDTH);                                                      \
-                    sum[w] += a;                                                                                       \
-                }                                                                                                      \
-            total[g] = sum_lanes_f64(sum);                                                                             \
-        }                                                                                                              \
-        for (ptrdiff_t i = 0; i < padded; i += 16) {                                                                   \
-            vec_f64 sum[G][2 * ND];                                                                                    \
-            double block[16];                                                                                          \
-            memset(sum, 0, sizeof(sum));                                                                               \
-            for (ptrdiff_t s = 0; s < n; s++) {                                                                        \
-                const float *values = cache_values(v + s * v_stride, i, d - i < 16 ? d - i : 16, HALF, copy);      \
-                for (int w = 0; w < 2 * ND; w++) {                                                                     \
-                    const vec_f64 value = widened(values, w);                                                          \
-                    for (int g = 0; g < G; g++) sum[g][w] += scores[g * stride + s] * value;                           \
-                }                                                                                                      \
-            }                                                                                                          \
-            for (int g = 0; g < G; g++) {                                                                              \
-                memcpy(block, sum[g], sizeof(block));                                                                  \
-                for (ptrdiff_t j = i; j < i + 16 && j < d; j++) out[g * d + j] = (float)(block[j - i] / total[g]);     \
-            }                                                                                                          \
-        }                                                                                                              \
+/* G query heads at a time, so that a key or value is loaded once for all of them; `q`, `sums` and `scores` are G rows of
+ * `padded`, `padded` and `stride` floats. Keys and values come some rows at a time, which then stay in the cache. */
+STEP_INLINE void attend_heads(int G, int half, const float *q, const char *k, ptrdiff_t k_stride, const char *v,
+                              ptrdiff_t v_stride, ptrdiff_t n, ptrdiff_t d, float scale, float *scores, ptrdiff_t stride,
+                              float *sums, float *copy, float *out) {
+    const ptrdiff_t padded = (d + 15) / 16 * 16;
+    float largest[4], total[4];
+    ptrdiff_t row_floats;
+    for (int g = 0; g < G; g++) largest[g] = -INFINITY;
+    for (ptrdiff_t first = 0; first < n; first += ATTEND_ROWS) {
+        const ptrdiff_t count = n - first < ATTEND_ROWS ? n - first : ATTEND_ROWS;
+        const float *keys = cache_rows(k + first * k_stride, k_stride, count, d, half, copy, &row_floats);
+        for (ptrdiff_t s = 0; s < count; s++, keys += row_floats) {
+            vec_f32 sum[4][NF];
+            memset(sum, 0, sizeof(sum));
+            for (ptrdiff_t i = 0; i < padded; i += 16)
+                for (int w = 0; w < NF; w++) {
+                    vec_f32 key, a;
+                    memcpy(&key, keys + i + w * (WIDTH / 4), WIDTH);
+                    for (int g = 0; g < G; g++) {
+                        memcpy(&a, q + g * padded + i + w * (WIDTH / 4), WIDTH);
+                        sum[g][w] += a * key;
+                    }
+                }
+            for (int g = 0; g < G; g++) {
+                const float score = sum_lanes_f32(sum[g]) * scale;
+                scores[g * stride + first + s] = score;
+                if (!(score <= largest[g])) largest[g] = score;
+            }
+        }
     }
-DEFINE_ATTEND(1, 0)
-DEFINE_ATTEND(2, 0)
-DEFINE_ATTEND(4, 0)
-DEFINE_ATTEND(1, 1)
-DEFINE_ATTEND(2, 1)
-DEFINE_ATTEND(4, 1)
+    for (int g = 0; g < G; g++) {
+        vec_f64 sum[ND];
+        float *row = scores + g * stride;
+        memset(sum, 0, sizeof(sum));
+        for (ptrdiff_t s = n; s < stride; s++) row[s] = -INFINITY;
+        for (ptrdiff_t s = 0; s < stride; s++) row[s] = (float)exp_f64((double)row[s] - (double)largest[g]);
+        for (ptrdiff_t s = 0; s < stride; s += 8)
+            for (int w = 0; w < ND; w++) sum[w] += widened(row + s, w);
+        total[g] = (float)sum_lanes_f64(sum);
+    }
+    memset(sums, 0, 4 * (size_t)(G * padded));
+    for (ptrdiff_t first = 0; first < n; first += ATTEND_ROWS) {
+        const ptrdiff_t count = n - first < ATTEND_ROWS ? n - first : ATTEND_ROWS;
+        const float *values = cache_rows(v + first * v_stride, v_stride, count, d, half, copy, &row_floats);
+        for (ptrdiff_t i = 0; i < padded; i += 16) {
+            vec_f32 sum[4][NF];
+            for (int g = 0; g < G; g++) memcpy(sum[g], sums + g * padded + i, 64);
+            /* These short runs, a row apart, are more than the hardware foresees: ask for a share of the next rows. */
+            if (!half)
+                for (ptrdiff_t line = i * ATTEND_ROWS * 4; line < (i + 16) * ATTEND_ROWS * 4; line += 64)
+                    __builtin_prefetch((const char *)values + ATTEND_ROWS * v_stride + line);
+            for (ptrdiff_t s = 0; s < count; s++)
+                for (int w = 0; w < NF; w++) {
+                    vec_f32 value;
+                    memcpy(&value, values + s * row_floats + i + w * (WIDTH / 4), WIDTH);
+                    for (int g = 0; g < G; g++) sum[g][w] += scores[g * stride + first + s] * value;
+                }
+            for (int g = 0; g < G; g++) memcpy(sums + g * padded + i, sum[g], 64);
+        }
+    }
+    for (int g = 0; g < G; g++)
+        for (ptrdiff_t i = 0; i < d; i++) out[g * d + i] = sums[g * padded + i] / total[g];
+}
 
 static void step_attend(const float *q, ptrdiff_t heads, const char *k, ptrdiff_t k_stride, const char *v,
-                        ptrdiff_t v_stride, ptrdiff_t n, ptrdiff_t d, int half, double scale, double *scratch,
-                        float *out) {
-    const ptrdiff_t padded = (d + 15) / 16 * 16, stride = (n + 7) / 8 * 8;
-    double *wide = scratch + 4 * stride;
+                        ptrdiff_t v_stride, ptrdiff_t n, ptrdiff_t d, int half, float scale, float *scratch, float *out) {
+    const ptrdiff_t padded = (d + 15) / 16 * 16, stride = (n + 15) / 16 * 16;
+    float *queries = scratch + 4 * stride, *sums = queries + 4 * padded, *copy = sums + 4 * padded;
     while (heads > 0) {
-        ptrdiff_t count = heads >= 4 ? 4 : heads >= 2 ? 2 : 1;
+        const ptrdiff_t count = heads >= 4 ? 4 : heads >= 2 ? 2 : 1;
         for (ptrdiff_t g = 0; g < count; g++)
-            for (ptrdiff_t i = 0; i < padded; i++) wide[g * padded + i] = i < d ? (double)q[g * d + i] : 0.0;
-#define CALL(G, HALF) attend_##G##_##HALF(wide, k, k_stride, v, v_stride, n, d, scale, scratch, stride, out)
+            for (ptrdiff_t i = 0; i < padded; i++) queries[g * padded + i] = i < d ? q[g * d + i] : 0.0f;
+#define CALL(G, HALF)                                                                                                 \
+    attend_heads(G, HALF, queries, k, k_stride, v, v_stride, n, d, scale, scratch, stride, sums, copy, out)
         if (half) {
             if (count == 4) CALL(4, 1);
             else if (count == 2) CALL(2, 1);

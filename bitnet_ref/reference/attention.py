@@ -12,6 +12,7 @@ from bitnet_ref.reference.config import ModelConfig
 __all__ = ["KVCache", "attention"]
 
 _FLOAT16_MAX = 65504.0
+_LANES = 16
 _FIRST_TOKENS = 128  # that a new cache has memory for
 
 Trace = Callable[[str, np.ndarray], None]
@@ -128,22 +129,45 @@ def attention(
 
     Notes
     -----
-    Computed in float64 and rounded once at the end, so that the result depends neither on the order of summation nor on
-    how many tokens are processed at once.
+    Every rounding is defined, so that compiled code can give the same bits, however many tokens are processed at once.
+    Scores are sixteen float32 sums, of which sum l takes dimensions l, l + 16, l + 32, ... in this order, each product
+    and each addition rounded; then sums l and l + 8 are added, of these l and l + 4, l and l + 2, the last two, and
+    the result is multiplied by float32(scale). Exponentials of the distance to the largest score are computed in
+    float64 and rounded to float32. They multiply the values in the order of the positions, each product and each
+    addition rounded to float32; at the end these sums are divided by that of the exponentials, which is accumulated in
+    float64 and rounded.
     """
     (t, h, d), (s, kv, _) = q.shape, k.shape
-    q64 = q.astype(np.float64).transpose(1, 0, 2).reshape(kv, h // kv, t, d)
-    k64, v64 = (a.astype(np.float64).transpose(1, 0, 2)[:, None] for a in (k, v))  # (KV, 1, S, D)
-    scores = (q64 @ k64.swapaxes(-1, -2)) * scale  # (KV, G, T, D) @ (KV, 1, D, S) -> (KV, G, T, S)
+    k, v = (a.astype(np.float32).transpose(1, 0, 2)[:, None] for a in (k, v))  # (KV, 1, S, D)
+    q = q.transpose(1, 0, 2).reshape(kv, h // kv, t, d)
+    step = max(1, (1 << 22) // (h * s * _LANES))  # tokens at a time: the sums take 16 MiB
+    scores = np.concatenate([_scores(q[:, :, i : i + step], k) for i in range(0, t, step)], axis=2)
+    scores *= np.float32(scale)  # (KV, G, T, S)
     position = np.arange(s - t, s)[:, None]  # (T, 1)
     hidden = np.arange(s) > position  # (T, S)
     if window is not None:
         hidden |= np.arange(s) <= position - window
-    masked = np.where(hidden, -np.inf, scores)
-    weights = np.exp(masked - masked.max(axis=-1, keepdims=True))  # the diagonal is never hidden, so max is finite
-    weights /= weights.sum(axis=-1, keepdims=True)
+    masked = np.where(hidden, -np.inf, scores).astype(np.float64)
+    weights = np.exp(masked - masked.max(axis=-1, keepdims=True)).astype(np.float32)  # the diagonal is never hidden
+    total = weights.sum(axis=-1, keepdims=True, dtype=np.float64).astype(np.float32)  # (KV, G, T, 1)
     if trace is not None:
-        trace("scores", scores.reshape(h, t, s).astype(np.float32))
-        trace("probabilities", weights.reshape(h, t, s).astype(np.float32))
-    out = weights @ v64  # (KV, G, T, S) @ (KV, 1, S, D) -> (KV, G, T, D)
-    return out.reshape(h, t, d).transpose(1, 0, 2).astype(np.float32)  # (T, H, D)
+        trace("scores", scores.reshape(h, t, s))
+        trace("probabilities", (weights / total).reshape(h, t, s))
+    out = np.zeros(q.shape, np.float32)  # (KV, G, T, D)
+    for i in range(s):
+        out += weights[..., i, None] * v[:, :, i, None]
+    return (out / total).reshape(h, t, d).transpose(1, 0, 2)  # (T, H, D)
+
+
+def _scores(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """Products of queries (KV, G, T, D) with keys (KV, 1, S, D), shape (KV, G, T, S), in the order said above."""
+    padding = [(0, 0), (0, 0), (0, 0), (0, -q.shape[-1] % _LANES)]
+    q, k = (np.pad(a, padding).reshape(*a.shape[:-1], -1, _LANES) for a in (q, k))
+    sums = np.zeros((*q.shape[:3], k.shape[2], _LANES), np.float32)
+    for j in range(q.shape[3]):
+        sums += q[:, :, :, None, j] * k[:, :, None, :, j]
+    width = _LANES
+    while width > 1:
+        width //= 2
+        sums = sums[..., :width] + sums[..., width : 2 * width]
+    return sums[..., 0]

@@ -12,10 +12,10 @@ A block (names of tensors as on Hugging Face, without ``.weight``)::
        └────────────────────────────────────────────────────────────────────────────────────+ ─ out
 
 Parts in brackets are switches of :class:`ModelConfig`. Values are float32. Sums of ternary products are exact integers,
-so every packing and every instruction set gives the same logits to the last bit. The sums in norms and attention are
-accumulated in float64 and rounded once, so the values do not depend on how many tokens are processed at once either;
-only a head that is an array is a float32 product of the BLAS library, which may order its sum differently for one token
-and for many. :class:`Steps` are the parts that a compiled version may take the place of.
+so every packing and every instruction set gives the same logits to the last bit. The sums in norms are accumulated in
+float64 and rounded once, those of attention have a stated order, so the values do not depend on how many tokens are
+processed at once either; only a head that is an array is a float32 product of the BLAS library, which may order its sum
+differently for one token and for many. :class:`Steps` are the parts that a compiled version may take the place of.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def verify(seed: int, examples: int, as_json: bool) -> None:
     """
     from bitnet_ref import verify as checks
 
-    names = kernels.supported("gemv", "gemm", "lut")
+    names = kernels.supported(*checks.OPS)
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -27,6 +27,7 @@ import numpy as np
 from bitnet_ref._native import _build, _table, cpu, threads
 from bitnet_ref._native import limits as _limits
 from bitnet_ref._native import matmul as _matmul
+from bitnet_ref._native import rows as _rows
 from bitnet_ref.errors import KernelUnavailable
 from bitnet_ref.reference.packing import PackedTernary, get_scheme
 
@@ -60,7 +61,8 @@ SEGMENT_COLUMNS: int = _matmul.SEGMENT_COLUMNS
 """Columns of a row that a kernel is given at once; longer rows are cut and their sums added."""
 
 PRODUCTS = ("gemv", "gemm")
-OPS = (*PRODUCTS, "lut", "peak")
+ROW_PRODUCTS = ("dotrows", "addrows")
+OPS = (*PRODUCTS, "lut", *ROW_PRODUCTS, "peak")
 _NAME = re.compile(r"([a-z]+)_(i8)_([a-z0-9]+)_(\d+)x(\d+)__([a-z0-9]+)")
 
 
@@ -70,8 +72,8 @@ class KernelName(str):
     Attributes
     ----------
     op : str
-        ``gemv`` (one token), ``gemm`` (many), ``lut`` (builds the lookup tables of tl1 and tl2), or ``peak`` (the
-        register-only probe of the int8 multiply-add rate).
+        ``gemv`` (one token), ``gemm`` (many), ``lut`` (builds the lookup tables of tl1 and tl2), ``dotrows`` and
+        ``addrows`` (products with listed rows), or ``peak`` (the register-only probe of the int8 multiply-add rate).
     act : str
         Type of the activations: ``i8``.
     scheme : str
@@ -125,8 +127,9 @@ def compiled(*ops: str) -> tuple[KernelName, ...]:
     Parameters
     ----------
     *ops : str
-        ``"gemv"``, ``"gemm"``, ``"lut"``, ``"peak"``; with none, the products (gemv and gemm). The ``lut`` variants
-        build the tables that the products of tl1 and tl2 read; ``peak`` variants multiply nothing, they are timed.
+        ``"gemv"``, ``"gemm"``, ``"lut"``, ``"dotrows"``, ``"addrows"``, ``"peak"``; with none, the dense products (gemv
+        and gemm). The ``lut`` variants build the tables that the products of tl1 and tl2 read; ``peak`` variants
+        multiply nothing, they are timed.
     """
     for op in ops:
         if op not in OPS:
@@ -256,6 +259,77 @@ class Kernel:
     def capsules(self) -> tuple[Any, Any]:
         """The compiled functions of this variant and of its table builder (None if it has none)."""
         return self._capsule, _table_builder(self.name)._capsule if _needs_tables(self.name.scheme) else None
+
+    def dot_rows(
+        self, x_q: np.ndarray, packed: PackedTernary, rows: np.ndarray, *, n_threads: int | None = None
+    ) -> np.ndarray:
+        """Inner products with the listed rows, as :func:`bitnet_ref.reference.sparse.dot_rows`; reads no other row.
+
+        Parameters
+        ----------
+        x_q : ndarray of shape (K,), int8, K <= 65,536
+        packed : PackedTernary of shape (M, K), ``base3r``
+        rows : ndarray of shape (n,), int32, each in 0..M-1
+        n_threads : int, optional
+
+        Returns
+        -------
+        ndarray of shape (n,), int32
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an argument is not as above, or this is not a ``dotrows`` kernel.
+        """
+        rows = self._check_rows("dotrows", x_q, packed, rows, packed.shape[1], packed.shape[1])
+        out = np.empty(len(rows), np.int32)
+        _rows.dot_rows(self._capsule, packed.data, rows, np.ascontiguousarray(x_q), out, resolve_threads(n_threads))
+        return out
+
+    def add_rows(
+        self, x_q: np.ndarray, packed: PackedTernary, rows: np.ndarray, *, n_threads: int | None = None
+    ) -> np.ndarray:
+        """Sum of the listed rows times their activations, as :func:`bitnet_ref.reference.sparse.add_rows`.
+
+        Parameters
+        ----------
+        x_q : ndarray of shape (M,), int8
+        packed : PackedTernary of shape (M, K), ``base3r``
+        rows : ndarray of shape (n,), int32, each in 0..M-1, n <= 65,536
+        n_threads : int, optional
+
+        Returns
+        -------
+        ndarray of shape (K,), int32
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an argument is not as above, or this is not an ``addrows`` kernel.
+        """
+        rows = self._check_rows("addrows", x_q, packed, rows, packed.shape[0], np.size(rows))
+        out = np.empty(packed.shape[1], np.int32)
+        _rows.add_rows(self._capsule, packed.data, rows, np.ascontiguousarray(x_q), out, resolve_threads(n_threads))
+        return out
+
+    def _check_rows(
+        self, op: str, x_q: np.ndarray, packed: PackedTernary, rows: np.ndarray, length: int, n_terms: int
+    ) -> np.ndarray:
+        """The list of rows, C-contiguous, after everything has been checked; a sum has n_terms products."""
+        if self.name.op != op:
+            raise ValueError(f"only {op} kernels do this, {self.name} is a {self.name.op} kernel")
+        if self.name.scheme != packed.scheme:
+            raise ValueError(f"{self.name} reads scheme {self.name.scheme}, got a matrix packed as {packed.scheme}")
+        _check_int8(x_q)
+        if x_q.shape != (length,):
+            raise ValueError(f"x_q must have shape ({length},), got shape {x_q.shape}")
+        if not isinstance(rows, np.ndarray) or rows.dtype != np.int32:
+            raise TypeError(f"rows must be an int32 array, got {_type(rows)}")
+        if rows.ndim != 1 or (rows.size and not 0 <= rows.min() <= rows.max() < packed.shape[0]):
+            raise ValueError(f"rows must be a list of indices in 0..{packed.shape[0] - 1}, got shape {rows.shape}")
+        if n_terms > SEGMENT_COLUMNS:
+            raise ValueError(f"a sum must have at most {SEGMENT_COLUMNS} products to stay in int32, got {n_terms}")
+        return np.ascontiguousarray(rows)
 
     def multiply_adds(self, n_steps: int, n_threads: int | None = None) -> int:
         """Run a ``peak`` probe for ``n_steps`` rounds on each thread; returns the multiply-adds done, to be timed.

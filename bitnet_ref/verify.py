@@ -15,9 +15,13 @@ import numpy as np
 from bitnet_ref import kernels
 from bitnet_ref.errors import BitnetRefError
 from bitnet_ref.kernels import KernelName
+from bitnet_ref.reference import sparse
 from bitnet_ref.reference.packing import pack, tables_tl1, tables_tl2
 
-__all__ = ["Case", "VerificationError", "VerifyReport", "cases", "check", "run"]
+__all__ = ["OPS", "Case", "VerificationError", "VerifyReport", "cases", "check", "run"]
+
+OPS = (*kernels.PRODUCTS, "lut", *kernels.ROW_PRODUCTS)
+"""The ops that are verified."""
 
 _TABLES = {"tl1": tables_tl1, "tl2": tables_tl2}
 
@@ -28,16 +32,21 @@ class VerificationError(BitnetRefError):
 
 @dataclass(frozen=True)
 class Case:
-    """One product to compute: weights (M, K) and activations (T, K), both int8, and the number of threads."""
+    """One product to compute: weights (M, K) and activations (T, K), both int8, and the number of threads.
+
+    A product with listed rows has their indices, int32; ``addrows`` has activations (1, M).
+    """
 
     label: str
     w_q: np.ndarray
     x_q: np.ndarray
     n_threads: int
+    rows: np.ndarray | None = None
 
     def __str__(self) -> str:
         m, k = self.w_q.shape
-        return f"{self.label}, M = {m}, K = {k}, T = {len(self.x_q)}, {self.n_threads} thread(s)"
+        size = f"T = {len(self.x_q)}" if self.rows is None else f"{len(self.rows)} rows listed"
+        return f"{self.label}, M = {m}, K = {k}, {size}, {self.n_threads} thread(s)"
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,9 @@ def cases(name: KernelName, rng: np.random.Generator, examples: int) -> Iterator
     rng : Generator
     examples : int, at least 1
     """
+    if name.op in kernels.ROW_PRODUCTS:
+        yield from _row_cases(name, rng, examples)
+        return
     rows, block = name.rows, name.block
     heights = [1, rows - 1, rows, rows + 1, 2 * rows + 3]
     widths = [1, 2, block - 1, block, block + 1, 3 * block + 5, 11 * block]
@@ -85,6 +97,28 @@ def cases(name: KernelName, rng: np.random.Generator, examples: int) -> Iterator
         yield Case("long rows, worst case", np.ones((2, k), np.int8), np.full((1, k), -128, np.int8), 1)
 
 
+def _row_cases(name: KernelName, rng: np.random.Generator, examples: int) -> Iterator[Case]:
+    """Those of a product with listed rows: no row, some in order, all, some twice; one and several threads."""
+    block = name.block
+    for i in range(examples):
+        m, k = int(rng.choice([1, 2, 3, 5, 40, 90])), int(rng.choice([1, block - 1, block, block + 1, 11 * block + 7]))
+        x = _activations(rng, 1, k if name.op == "dotrows" else m)
+        some = np.flatnonzero(rng.random(m) < 0.5).astype(np.int32)
+        any_order = rng.integers(0, m, 2 * m, dtype=np.int32)
+        for rows in (some, np.arange(m, dtype=np.int32), any_order):
+            yield Case("dense random", _weights(rng, m, k), x, 1 + i % 3, rows)
+        w = np.full((m, k), rng.integers(-1, 2), np.int8)
+        w[rng.integers(m), rng.integers(k)] = rng.integers(-1, 2)
+        yield Case("near-constant", w, np.full_like(x, rng.integers(-128, 128)), 1 + i % 3, some)
+    for m, k in ((70, 6912 + 1), (6912 + 1, 70)):
+        rows = np.arange(m, dtype=np.int32)
+        for weight in (1, -1):
+            for activation in (127, -128):
+                x = np.full((1, k if name.op == "dotrows" else m), activation, np.int8)
+                label = f"all weights {weight}, all activations {activation}"
+                yield Case(label, np.full((m, k), weight, np.int8), x, 2, rows)
+
+
 def check(name: KernelName, case: Case) -> None:
     """Compare one kernel with the reference on one case.
 
@@ -98,6 +132,13 @@ def check(name: KernelName, case: Case) -> None:
     kernel = kernels.get(name)
     if name.op == "lut":
         expected, got = _TABLES[name.scheme](case.x_q[0]), kernel.build_tables(case.x_q[0])
+    elif case.rows is not None:
+        packed = pack(case.w_q, name.scheme)
+        product, reference = (
+            (kernel.dot_rows, sparse.dot_rows) if name.op == "dotrows" else (kernel.add_rows, sparse.add_rows)
+        )
+        expected = reference(case.x_q[0], packed, case.rows)
+        got = product(case.x_q[0], packed, case.rows, n_threads=case.n_threads)
     else:
         expected = case.x_q.astype(np.int32) @ case.w_q.T.astype(np.int32)
         got = kernel(case.x_q, pack(case.w_q, name.scheme), n_threads=case.n_threads)
@@ -112,7 +153,7 @@ def check(name: KernelName, case: Case) -> None:
 def run(
     *, seed: int = 0, examples: int = 20, progress: Callable[[KernelName, int], object] | None = None
 ) -> VerifyReport:
-    """Verify every supported kernel and table builder.
+    """Verify every supported kernel: dense products, table builders, products with listed rows.
 
     Parameters
     ----------
@@ -131,7 +172,7 @@ def run(
     """
     if seed < 0 or examples < 1:
         raise ValueError(f"seed must be at least 0 and examples at least 1, got {seed} and {examples}")
-    names = kernels.supported("gemv", "gemm", "lut")
+    names = kernels.supported(*OPS)
     count = 0
     for i, name in enumerate(names):
         for case in cases(name, np.random.default_rng([seed, i]), examples):

@@ -19,3 +19,14 @@ ctypedef void (*lut_t)(const signed char* x, signed char* table, Py_ssize_t n_bl
 # "bitnet_ref.peak/1": n_steps rounds of a register tile of dot products on 448 bytes of each operand; the sums (at most 16) keep
 # the compiler from dropping the work. Returns the number of multiply-adds.
 ctypedef long long (*peak_t)(const unsigned char* codes, const signed char* acts, int* sums, Py_ssize_t n_steps) noexcept nogil
+
+# "bitnet_ref.dotrows/1": out[i] = sum over k of w[rows[i], k] * x[k], for n_rows listed rows of w, w_stride bytes apart.
+#   x         n_blocks * 320 int8 activations; x_sum is their sum
+ctypedef void (*dot_rows_t)(const unsigned char* w, Py_ssize_t w_stride, const int* rows, Py_ssize_t n_rows,
+                            const signed char* x, Py_ssize_t n_blocks, int x_sum, int* out) noexcept nogil
+
+# "bitnet_ref.addrows/1": out[k] = sum over i of x[rows[i]] * w[rows[i], k], for all n_blocks * 320 columns k.
+#   x         one int8 activation for each row of w, listed or not
+#   sums      scratch of the same size as out
+ctypedef void (*add_rows_t)(const unsigned char* w, Py_ssize_t w_stride, const int* rows, Py_ssize_t n_rows,
+                            const signed char* x, Py_ssize_t n_blocks, int* sums, int* out) noexcept nogil

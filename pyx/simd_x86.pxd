@@ -57,6 +57,7 @@ cdef extern from "immintrin.h" nogil:
     __m512i _mm512_and_si512(__m512i, __m512i)
     __m512i _mm512_srli_epi16(__m512i, unsigned int)
     __m512i _mm512_add_epi8(__m512i, __m512i)
+    __m512i _mm512_sub_epi8(__m512i, __m512i)
     __m512i _mm512_mask_sub_epi8(__m512i, __mmask64, __m512i, __m512i)
     __mmask64 _mm512_test_epi8_mask(__m512i, __m512i)
     __m512i _mm512_shuffle_epi8(__m512i, __m512i)

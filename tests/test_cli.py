@@ -50,7 +50,7 @@ def test_module_prints_the_same_table():
 def test_verify_counts_kernels_and_cases(monkeypatch, cap):
     if cap:
         monkeypatch.setenv("BITNET_REF_ISA", cap)
-    names = kernels.supported("gemv", "gemm", "lut")
+    names = kernels.supported("gemv", "gemm", "lut", "dotrows", "addrows")
     found = json.loads(run("verify", "--examples", 1, "--seed", 3, "--json").stdout)
     assert found["kernels"] == [str(name) for name in names] and found["seed"] == 3 and found["equal"] is True
     text = run("verify", "--examples", 1, "--seed", 3).stdout

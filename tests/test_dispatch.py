@@ -96,7 +96,7 @@ def test_compiled_lists_each_variant_once_by_op():
     assert {name.op for name in kernels.compiled()} == {"gemv", "gemm"}
     for op in kernels.OPS:
         assert kernels.compiled(op) == tuple(name for name in everything if name.op == op) != ()
-    with pytest.raises(ValueError, match=r"^op must be one of gemv, gemm, lut, peak, got 'dot'$"):
+    with pytest.raises(ValueError, match=r"^op must be one of gemv, gemm, lut, dotrows, addrows, peak, got 'dot'$"):
         kernels.compiled("dot")
 
 
@@ -106,6 +106,7 @@ def test_every_scheme_has_a_scalar_kernel_for_each_product():
         for scheme in br.schemes():
             assert [n.isa for n in kernels.compiled(op) if n.scheme == scheme and n.isa == "scalar"] == ["scalar"]
     assert {name.scheme for name in kernels.compiled("lut")} == {"tl1", "tl2"}
+    assert {name.scheme for name in kernels.compiled("dotrows", "addrows")} == {"base3r"}
 
 
 def test_every_table_scheme_has_a_builder_for_each_instruction_set_or_a_lower_one():
@@ -164,6 +165,13 @@ def test_select_under_a_cap(cap, op, scheme, monkeypatch):
     assert kernels.select(op, scheme).name.isa == BEST[cap][scheme]
 
 
+@pytest.mark.parametrize("cap", [isa for isa in RUNNABLE if isa in BEST])
+@pytest.mark.parametrize("op", ["dotrows", "addrows"])
+def test_products_with_listed_rows_have_a_kernel_for_every_cap(cap, op, monkeypatch):
+    monkeypatch.setenv("BITNET_REF_ISA", cap)
+    assert kernels.select(op, "base3r").name.isa == cap
+
+
 @pytest.mark.parametrize("cap", RUNNABLE)
 def test_the_cap_holds_for_a_whole_process(cap):
     code = """if True:
@@ -182,7 +190,7 @@ def test_the_cap_holds_for_a_whole_process(cap):
 
 
 def test_select_refuses_unknown_ops_and_schemes(monkeypatch):
-    with pytest.raises(ValueError, match=r"^op must be one of gemv, gemm, lut, peak, got 'gemx'$"):
+    with pytest.raises(ValueError, match=r"^op must be one of gemv, gemm, lut, dotrows, addrows, peak, got 'gemx'$"):
         kernels.select("gemx", "i2")
     with pytest.raises(ValueError, match=r"^scheme must be one of i2, base3, tl1, tl2, got 'i3'$"):
         kernels.select("gemv", "i3")

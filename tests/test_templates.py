@@ -204,11 +204,13 @@ def test_renders_and_always_the_same(name):
 def test_capsule_names_are_those_of_the_contract():
     """The tags in generated modules, in kernel_abi.pxd and in the callers are one list."""
     abi = (ROOT / "pyx" / "kernel_abi.pxd").read_text(encoding="utf-8")
-    callers = "".join((ROOT / "pyx" / f"{stem}.pyx").read_text(encoding="utf-8") for stem in ("matmul", "limits"))
+    callers = "".join(
+        (ROOT / "pyx" / f"{stem}.pyx").read_text(encoding="utf-8") for stem in ("matmul", "rows", "limits")
+    )
     tags = set(re.findall(r'# "(bitnet_ref\.\w+/\d+)"', abi))
     assert tags == set(re.findall(r'b"(bitnet_ref\.\w+/\d+)"', callers))
     assert tags == {tag for name in NAMES for tag in re.findall(r'b"(bitnet_ref\.\w+/\d+)"', source(name))}
-    assert len(tags) == 3
+    assert len(tags) == 5
 
 
 def run_render(folder, out, *arguments):

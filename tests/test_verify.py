@@ -31,7 +31,7 @@ def cases(name, examples=20, seed=0):
 def test_every_supported_kernel_passes():
     seen = []
     report = verify.run(seed=3, examples=1, progress=lambda name, count: seen.append((name, count)))
-    assert report.kernels == kernels.supported("gemv", "gemm", "lut") != ()
+    assert report.kernels == kernels.supported("gemv", "gemm", "lut", "dotrows", "addrows") != ()
     assert report.seed == 3
     assert [name for name, _ in seen] == list(report.kernels)
     counts = [count for _, count in seen]

@@ -22,11 +22,13 @@ import numpy as np
 
 from bitnet_ref.reference.packing.base import PackedTernary, Scheme
 from bitnet_ref.reference.packing.base3 import BASE3, pack_base3, unpack_base3
+from bitnet_ref.reference.packing.base3r import BASE3R
 from bitnet_ref.reference.packing.i2 import I2, pack_i2, unpack_i2
 from bitnet_ref.reference.packing.tl1 import TL1, entries_tl1, pack_tl1, tables_tl1, unpack_tl1
 from bitnet_ref.reference.packing.tl2 import TL2, entries_tl2, pack_tl2, tables_tl2, unpack_tl2
 
 __all__ = [
+    "ROW_SCHEMES",
     "SCHEMES",
     "PackedTernary",
     "Scheme",
@@ -50,6 +52,9 @@ __all__ = [
 
 SCHEMES: Mapping[str, Scheme] = MappingProxyType({scheme.name: scheme for scheme in (I2, BASE3, TL1, TL2)})
 
+ROW_SCHEMES: Mapping[str, Scheme] = MappingProxyType({BASE3R.name: BASE3R})
+"""Layouts by single rows, for products with a list of rows only; see :mod:`bitnet_ref.reference.sparse`."""
+
 
 def schemes() -> tuple[str, ...]:
     """Names of the packing schemes."""
@@ -57,7 +62,9 @@ def schemes() -> tuple[str, ...]:
 
 
 def get_scheme(name: str) -> Scheme:
-    """The packing scheme of that name; ValueError if there is none."""
+    """The packing scheme of that name, one of rows (:data:`ROW_SCHEMES`) too; ValueError if there is none."""
+    if isinstance(name, str) and name in ROW_SCHEMES:
+        return ROW_SCHEMES[name]
     if not isinstance(name, str) or name not in SCHEMES:
         raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {name!r}")
     return SCHEMES[name]

@@ -1,0 +1,260 @@
+"""Products with listed rows: the layout, every kernel against the reference, and why skipping changes no bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_kernels import POISON, at_offset, guarded
+
+import bitnet_ref as br
+from bitnet_ref import kernels
+from bitnet_ref._native import rows as native_rows
+from bitnet_ref.reference import sparse
+from bitnet_ref.reference.mlp import activate
+from bitnet_ref.reference.norm import rms_norm
+from bitnet_ref.reference.packing import ROW_SCHEMES, PackedTernary, get_scheme
+from bitnet_ref.reference.quantize import quantize_activations
+
+SHAPES = [(1, 1), (3, 319), (4, 320), (5, 321), (33, 645), (70, 2560)]
+
+every_kernel = pytest.mark.parametrize("name", kernels.compiled("dotrows", "addrows"), ids=str)
+
+
+@pytest.fixture(autouse=True)
+def no_cap(monkeypatch):
+    """A cap in the caller's environment must not hide kernels from these tests."""
+    monkeypatch.delenv("BITNET_REF_ISA", raising=False)
+
+
+@pytest.fixture
+def kernel(name, runnable):
+    """The variant that the test's parameter names."""
+    runnable(name)
+    return kernels.get(name)
+
+
+def call(kernel, x_q, packed, rows, **options):
+    product = kernel.dot_rows if kernel.name.op == "dotrows" else kernel.add_rows
+    return product(x_q, packed, rows, **options)
+
+
+def expected(name, w_q, x_q, rows):
+    """NumPy's int32 product of the integers that went in, not of packed ones."""
+    listed = w_q[rows].astype(np.int32)
+    return listed @ x_q.astype(np.int32) if name.op == "dotrows" else x_q[rows].astype(np.int32) @ listed
+
+
+def problem(rng, name, m, k):
+    x_q = rng.integers(-128, 128, k if name.op == "dotrows" else m, dtype=np.int8)
+    return rng.integers(-1, 2, (m, k), dtype=np.int8), x_q
+
+
+def lists(rng, m):
+    """No row, one, every second, some in order, all, and more than all in any order."""
+    some = np.flatnonzero(rng.random(m) < 0.4)
+    candidates = [[], [m - 1], range(0, m, 2), some, range(m), rng.integers(0, m, m + 7)]
+    return [np.array(list(rows), np.int32) for rows in candidates]
+
+
+# --- the layout -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_round_trip(shape):
+    w_q = np.random.default_rng(1).integers(-1, 2, shape, dtype=np.int8)
+    packed = br.pack(w_q, "base3r")
+    assert packed.data.shape == (shape[0], -(-shape[1] // 320) * 64)
+    np.testing.assert_array_equal(packed.unpack(), w_q)
+
+
+def test_bytes_by_hand():
+    """Column 64 i + j of a block is digit i of byte j."""
+    w_q = np.zeros((2, 320), np.int8)
+    w_q[1, [0, 65, 64 * 2 + 2, 64 * 3 + 63, 64 * 4 + 63]] = 1, -1, 1, -1, 1
+    data = br.pack(w_q, "base3r").data
+    assert (data[0] == 121).all()
+    assert data[1, [0, 1, 2, 63, 5]].tolist() == [122, 118, 130, 121 - 27 + 81, 121]
+
+
+def test_refuses_unused_values_and_names_the_place():
+    data = np.full((2, 128), 121, np.uint8)
+    data[1, 65] = 243
+    with pytest.raises(ValueError, match=r"value 243 \(above 242\), got it in tile 1, byte 65 .* column 321 to 577"):
+        get_scheme("base3r").unpack(data, (2, 640))
+
+
+def test_it_is_no_scheme_of_dense_products():
+    assert list(ROW_SCHEMES) == ["base3r"] and "base3r" not in br.schemes()
+    with pytest.raises(br.errors.KernelUnavailable, match="no gemv kernel for scheme base3r"):
+        br.matmul(np.ones(5, np.int8), br.pack(np.ones((3, 5), np.int8), "base3r"))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_reference_products(shape):
+    """All rows give the dense product, and the product with the transpose."""
+    rng = np.random.default_rng(2)
+    w_q = rng.integers(-1, 2, shape, dtype=np.int8)
+    packed, rows = br.pack(w_q, "base3r"), np.arange(shape[0])
+    x_q, columns = (rng.integers(-128, 128, size, dtype=np.int8) for size in shape[::-1])
+    np.testing.assert_array_equal(sparse.dot_rows(x_q, packed, rows), br.matmul(x_q, br.pack(w_q, "i2")))
+    transposed = br.pack(np.ascontiguousarray(w_q.T), "i2")
+    np.testing.assert_array_equal(sparse.add_rows(columns, packed, rows), br.matmul(columns, transposed))
+
+
+# --- every kernel ---------------------------------------------------------------------------------------------------
+
+
+@every_kernel
+def test_dense_random(name, kernel):
+    rng = np.random.default_rng(3)
+    for m, k in SHAPES:
+        w_q, x_q = problem(rng, name, m, k)
+        packed = br.pack(w_q, "base3r")
+        for n_threads, rows in enumerate(lists(rng, m)):
+            got = call(kernel, x_q, packed, rows, n_threads=1 + n_threads % 3)
+            assert got.dtype == np.int32
+            np.testing.assert_array_equal(got, expected(name, w_q, x_q, rows), err_msg=f"{m} x {k}, {len(rows)} rows")
+
+
+@every_kernel
+def test_drawn_lists_and_values(name, kernel):
+    @given(st.data(), st.integers(1, 40), st.integers(1, 700), st.integers(1, 3))
+    def check(data, m, k, n_threads):
+        rng = np.random.default_rng(data.draw(st.integers(0, 2**16)))
+        w_q, x_q = problem(rng, name, m, k)
+        if data.draw(st.booleans()):
+            w_q[:] = data.draw(st.sampled_from([-1, 0, 1]))
+            x_q[:] = data.draw(st.sampled_from([-128, -1, 0, 1, 127]))
+        rows = np.array(data.draw(st.lists(st.integers(0, m - 1), max_size=70)), np.int32)
+        got = call(kernel, x_q, br.pack(w_q, "base3r"), rows, n_threads=n_threads)
+        np.testing.assert_array_equal(got, expected(name, w_q, x_q, rows))
+
+    check()
+
+
+@every_kernel
+@pytest.mark.parametrize("weight", [1, -1])
+@pytest.mark.parametrize("activation", [127, -128])
+def test_worst_cases_fill_no_accumulator(name, kernel, weight, activation):
+    """The longest sums that are taken, of constant extremes."""
+    n = kernels.SEGMENT_COLUMNS
+    for terms in (*range(320, 4000, 320), 6912, n):
+        m, k = (5, terms) if name.op == "dotrows" else (terms, 5)
+        w_q = np.full((m, k), weight, np.int8)
+        x_q = np.full(terms, activation, np.int8)
+        got = call(kernel, x_q, br.pack(w_q, "base3r"), np.arange(m, dtype=np.int32), n_threads=2)
+        assert (got == weight * activation * terms).all(), f"{terms} terms: {got[:5]}"
+
+
+@every_kernel
+def test_each_digit_alone(name, kernel):
+    """One column +1 and the others -1, in every place of a block."""
+    x_q = np.array([-128, 127, 3, -77, 1], np.int8)
+    for column in range(320):
+        w_q = np.full((5, 320), -1, np.int8)
+        w_q[:, column] = 1
+        x = x_q if name.op == "addrows" else np.resize(x_q, 320)
+        rows = np.arange(5, dtype=np.int32)
+        np.testing.assert_array_equal(call(kernel, x, br.pack(w_q, "base3r"), rows), expected(name, w_q, x, rows))
+
+
+@every_kernel
+@pytest.mark.parametrize("offset_bytes", [0, 1, 31, 63])
+def test_memory(name, kernel, offset_bytes):
+    """Writes nothing but out, depends on nothing beside its inputs and changes none; any alignment, read-only."""
+    rng = np.random.default_rng(4)
+    for m, k in ((7, 320), (40, 321)):
+        w_q, x_q = problem(rng, name, m, k)
+        packed = br.pack(w_q, "base3r")
+        data = at_offset(packed.data, offset_bytes)
+        assert PackedTernary(data, (m, k), "base3r").data.ctypes.data == data.ctypes.data
+        rows = np.flatnonzero(rng.random(m) < 0.6).astype(np.int32)
+        for surroundings in (127, -128):
+            x, x_untouched = guarded(x_q.shape, np.int8, surroundings, offset_bytes)
+            x[...] = x_q
+            out, out_untouched = guarded((len(rows) if name.op == "dotrows" else k,), np.int32, POISON)
+            product = native_rows.dot_rows if name.op == "dotrows" else native_rows.add_rows
+            product(kernel.capsules()[0], data, rows, x, out, 2)
+            assert out_untouched() and x_untouched() and np.array_equal(x, x_q)
+            np.testing.assert_array_equal(out, expected(name, w_q, x_q, rows))
+        np.testing.assert_array_equal(data, packed.data)
+
+
+@every_kernel
+def test_rows_that_are_not_listed_are_not_read(name, kernel):
+    """Their bytes may be anything, even such as stand for no weights."""
+    w_q, x_q = problem(np.random.default_rng(5), name, 40, 640)
+    rows = np.arange(1, 40, 3, dtype=np.int32)
+    packed = br.pack(w_q, "base3r")
+    data = np.full_like(packed.data, 255)
+    data[rows] = packed.data[rows]
+    got = call(kernel, x_q, PackedTernary(data, (40, 640), "base3r"), rows, n_threads=2)
+    np.testing.assert_array_equal(got, expected(name, w_q, x_q, rows))
+
+
+@every_kernel
+def test_refusals(name, kernel):
+    packed, rows = br.pack(np.ones((3, 5), np.int8), "base3r"), np.arange(3, dtype=np.int32)
+    x_q = np.ones(5 if name.op == "dotrows" else 3, np.int8)
+    for bad in (rows.astype(np.int64), [0, 1]):
+        with pytest.raises(TypeError, match="rows must be an int32 array"):
+            call(kernel, x_q, packed, bad)
+    for bad in (rows + 1, rows - 1, rows.reshape(1, 3)):
+        with pytest.raises(ValueError, match=r"rows must be a list of indices in 0\.\.2"):
+            call(kernel, x_q, packed, bad)
+    with pytest.raises(TypeError, match="x_q must be an int8 array"):
+        call(kernel, x_q.astype(float), packed, rows)
+    with pytest.raises(ValueError, match=r"x_q must have shape \(\d,\), got shape \(7,\)"):
+        call(kernel, np.ones(7, np.int8), packed, rows)
+    with pytest.raises(ValueError, match="reads scheme base3r, got a matrix packed as i2"):
+        call(kernel, x_q, br.pack(np.ones((3, 5), np.int8), "i2"), rows)
+    with pytest.raises(ValueError, match="multiplies no matrix; name a gemv or gemm kernel"):
+        kernel(np.ones(5, np.int8), packed)
+    other = kernel.add_rows if name.op == "dotrows" else kernel.dot_rows
+    with pytest.raises(ValueError, match=f"is a {name.op} kernel"):
+        other(x_q, packed, rows)
+    n = kernels.SEGMENT_COLUMNS + 1
+    with pytest.raises(ValueError, match=f"at most {n - 1} products to stay in int32, got {n}"):
+        if name.op == "dotrows":
+            call(kernel, np.ones(n, np.int8), br.pack(np.ones((1, n), np.int8), "base3r"), rows[:1])
+        else:
+            call(kernel, x_q, packed, np.zeros(n, np.int32))
+
+
+# --- skipping is exact ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.8, 0.95, 1.0])
+def test_the_feed_forward_network_is_the_same_to_the_bit(sparsity):
+    """y = W_down SubLN(relu(W_gate z)^2 * (W_up z)) from the rows and columns that count, and from all of them."""
+    rng = np.random.default_rng(6)
+    hidden, ffn = 330, 700
+    w_up, w_down = (rng.integers(-1, 2, shape, dtype=np.int8) for shape in ((ffn, hidden), (hidden, ffn)))
+    z_q, z_scale = quantize_activations(rng.standard_normal(hidden, np.float32))
+    gate = rng.standard_normal(ffn, np.float32)
+    gate[rng.random(ffn) < sparsity] *= np.float32(-1) if sparsity < 1 else np.float32(0)
+    gate = gate if sparsity else np.abs(gate)
+    norm = rng.standard_normal(ffn, np.float32)
+    up_scale, down_scale = np.float32(0.013), np.float32(-0.02)
+
+    def subln(up):
+        h_q, h_scale = quantize_activations(rms_norm(activate(gate, "relu2") * up, norm, 1e-5))
+        return h_q, h_scale
+
+    dense_q, dense_scale = subln(br.matmul(z_q, br.pack(w_up, "base3")).astype(np.float32) * (z_scale * up_scale))
+    dense = br.matmul(dense_q, br.pack(w_down, "base3")).astype(np.float32) * (dense_scale * down_scale)
+
+    rows = np.flatnonzero(gate > 0).astype(np.int32)
+    up = np.zeros(ffn, np.float32)
+    sums = kernels.select("dotrows", "base3r").dot_rows(z_q, br.pack(w_up, "base3r"), rows)
+    up[rows] = sums.astype(np.float32) * (z_scale * up_scale)
+    h_q, h_scale = subln(up)
+    columns = np.flatnonzero(h_q).astype(np.int32)
+    by_columns = br.pack(np.ascontiguousarray(w_down.T), "base3r")
+    sums = kernels.select("addrows", "base3r").add_rows(h_q, by_columns, columns)
+    assert len(rows) < ffn * (1.05 - sparsity / 2) and len(columns) <= len(rows)
+    np.testing.assert_array_equal(h_q, dense_q)
+    assert h_scale.tobytes() == dense_scale.tobytes()
+    assert (sums.astype(np.float32) * (h_scale * down_scale)).tobytes() == dense.tobytes()

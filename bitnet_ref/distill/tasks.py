@@ -440,7 +440,7 @@ class Batches:
     n_tokens : int
         Of all examples.
     rows : list of (input_ids, labels)
-        Of each example, not padded.
+        Of each example, not padded, int32.
     """
 
     def __init__(
@@ -535,5 +535,10 @@ def _encode_all(
     task: Any, tokenizer: Any, examples: Sequence[Example]
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
     encode = task.encoder(tokenizer)
-    found = [encode(example) for example in examples]
-    return [(ids, labels) for ids, labels, _ in found], sum(cut for *_, cut in found)
+    rows, truncated = [], 0
+    for example in examples:
+        ids, labels, cut = encode(example)
+        # Half the memory: 300,000 articles of 640 tokens stay below two gigabytes.
+        rows.append((ids.astype(np.int32), labels.astype(np.int32)))
+        truncated += cut
+    return rows, truncated

@@ -87,7 +87,7 @@ def markdown(document: Mapping[str, Any]) -> str:
     parts = {name: part["rows"] for name, part in document["parts"].items()}
     commit = about["commit"] or "outside a checkout"
     lines = [
-        f"*{about['cpu']}, {about['cores']} processors, {about['compiler']}, commit {commit}, {about['date'][:10]}; "
+        f"*{about['cpu']}, {about['cores']} processor(s), {about['compiler']}, commit {commit}, {about['date'][:10]}; "
         f"medians of {about['rounds']} interleaved rounds, every result verified in the same run; load before "
         f"{about['load_average'][0] if about['load_average'] else '?'}. Made by `{about['command']}` in "
         f"{document['seconds']:.0f} s.*",

@@ -92,7 +92,8 @@ def pick(rows: Rows, column: str, **wanted: Any) -> Mapping[str, Any]:
         and all(row.get(key) in (value if isinstance(value, tuple) else (value,)) for key, value in wanted.items())
     ]
     if not found:
-        raise NotMeasured("no row of " + " ".join(str(value) for value in wanted.values()))
+        texts = (f"{key} {' or '.join(map(str, v)) if isinstance(v, tuple) else v}" for key, v in wanted.items())
+        raise NotMeasured(f"not in this run: {', '.join(texts)}")
     return max(found, key=lambda row: row[column])
 
 

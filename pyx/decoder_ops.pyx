@@ -76,8 +76,9 @@ cdef _View _contiguous(array, dtype, str name, int ndim=-1):
     return _View(np.ascontiguousarray(array), dtype, name, ndim)
 
 
-DEF MOST_TOGETHER = 3  # matrices that read the same activations: q, k and v
-DEF TABLE_BYTES = 256  # of a block, see matmul.pyx
+cdef enum:
+    MOST_TOGETHER = 3  # matrices that read the same activations: q, k and v
+    TABLE_BYTES = 256  # of a block, see matmul.pyx
 
 
 cdef struct matrix_t:
@@ -151,7 +152,7 @@ cdef class Steps:
     cdef double product_ns
 
     def __init__(self, capsule, int n_threads):
-        self.call = <const decoder_steps*>PyCapsule_GetPointer(capsule, b"bitnet_ref.steps/1")
+        self.call = <const decoder_steps*>PyCapsule_GetPointer(capsule, b"bitnet_ref.steps/2")
         self.n_threads = n_threads
 
     def take_product_ns(self):
@@ -267,7 +268,7 @@ cdef class Steps:
         cdef matrix_t about[MOST_TOGETHER]
         cdef float* target[MOST_TOGETHER]
         cdef int* sums[MOST_TOGETHER]
-        cdef Py_ssize_t n = len(matrices), j, worker, first, count, size = 0
+        cdef Py_ssize_t n = len(matrices), j, size = 0
         cdef _View a = _contiguous(x, float32, "x", 2), w = None, r = None
         if not 1 <= n <= MOST_TOGETHER or residual is not None and n > 1:
             raise ValueError(f"one to {MOST_TOGETHER} matrices read a token, one with a residual, got {n}")

@@ -47,7 +47,8 @@ test-torch: setup  ## run the tests that need PyTorch: parity with transformers,
 test-distill: setup  ## run the tests of distillation: trainer, resumption, two processes, whole runs (installs PyTorch)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 'transformers>=5,<6' 'accelerate>=1' \
 	  'rouge-score>=0.1.2' 'sacrebleu>=2.4'
-	$(BIN)/pytest tests/test_distill_trainer.py tests/test_distill_run.py
+	$(BIN)/pytest tests/test_distill_trainer.py tests/test_distill_run.py tests/test_distill_tiny.py
+	@echo "distillation: the tests that need PyTorch have passed"
 
 distill-demo: setup  ## distil a small teacher into a ternary student in minutes, into $(OUT)/distill-demo (installs PyTorch)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 'transformers>=5,<6' 'accelerate>=1'

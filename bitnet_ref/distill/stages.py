@@ -171,10 +171,12 @@ class Run:
         if (self.out / "config.json").exists() and not resume:
             raise ValueError(f"{self.out} holds a run already: say --resume to go on with it, or give another --out")
         self.out.mkdir(parents=True, exist_ok=True)
-        # Losses of a resumed run are those of an uninterrupted one only if each operation is: CUDA has to be asked.
         if self.devices.device.type == "cuda":
+            # A resumed run has the losses of an uninterrupted one only if each operation is repeatable. Those of
+            # processors are; CUDA has to be asked.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
         self.tokenizer = (
             _dry_tokenizer(config) if config.model.tokenizer == "dry" else models.load_tokenizer(config.model)
         )
@@ -418,12 +420,14 @@ class Run:
         """Everything that a stage depends on, down to its parents."""
         training = dataclasses.asdict(self._training(name))
         del training["save_every"]  # changes no result
+        examples = self.config.data
+        limits = [examples.train_limit, examples.dev_limit, examples.test_limit]
         found: dict[str, Any] = {
             "stage": name,
             "seed": seed,
             "training": training,
             "model": self._model_digest,
-            "data": self._data_digest + str((self.config.data.train_limit, self.config.data.dev_limit)),
+            "data": digest(self._data_digest, limits),
         }
         if name == "pretrain":
             del found["data"]

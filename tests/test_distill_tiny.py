@@ -39,4 +39,4 @@ def test_tiny_keeps_the_order_and_its_student_runs_on_the_kernels(tmp_path):
 
 
 MARGIN = 0.05
-"""Of accuracy; see paper_figures/data/distill-tiny-ten-seeds.json for what ten seeds gave."""
+"""Of accuracy. Seed 0, the one that runs here, gave a teacher of 1.00, a student of 0.94 and a baseline of 0.68."""

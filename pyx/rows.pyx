@@ -34,25 +34,26 @@ def dot_rows(kernel, cnp.ndarray w, cnp.ndarray rows, cnp.ndarray x, cnp.ndarray
     cdef int* sums = <int*>cnp.PyArray_DATA(out)
     cdef Py_ssize_t stride = w.shape[1], n = rows.shape[0], k = x.shape[0], n_blocks = (k + BLOCK - 1) // BLOCK, j
     cdef int x_sum = 0, n_parts = parts(n, n_threads), i
-    cdef signed char* padded = NULL
+    cdef signed char* buffer
+    cdef signed char* aligned
     with nogil:
         for j in range(k):
             x_sum += acts[j]
-        if k != n_blocks * BLOCK:
-            padded = <signed char*>malloc(n_blocks * BLOCK)
-            if padded == NULL:
-                with gil:
-                    raise MemoryError("no memory for padded activations")
-            memcpy(padded, acts, k)
-            memset(padded + k, 0, n_blocks * BLOCK - k)
-            acts = padded
+        # On a cache line: a row costs five loads of activations for one of weights, and each would straddle two lines.
+        buffer = <signed char*>malloc(n_blocks * BLOCK + 63)
+        if buffer == NULL:
+            with gil:
+                raise MemoryError("no memory for aligned activations")
+        aligned = buffer + (-<Py_ssize_t>buffer & 63)
+        memcpy(aligned, acts, k)
+        memset(aligned + k, 0, n_blocks * BLOCK - k)
         if n_parts == 1:
-            call(weights, stride, listed, n, acts, n_blocks, x_sum, sums)
+            call(weights, stride, listed, n, aligned, n_blocks, x_sum, sums)
         else:
             for i in prange(n_parts, num_threads=n_parts, schedule='static', chunksize=1):
-                call(weights, stride, listed + n * i // n_parts, n * (i + 1) // n_parts - n * i // n_parts, acts, n_blocks,
-                     x_sum, sums + n * i // n_parts)
-        free(padded)
+                call(weights, stride, listed + n * i // n_parts, n * (i + 1) // n_parts - n * i // n_parts, aligned,
+                     n_blocks, x_sum, sums + n * i // n_parts)
+        free(buffer)
 
 
 def add_rows(kernel, cnp.ndarray w, cnp.ndarray rows, cnp.ndarray x, cnp.ndarray out, int n_threads):

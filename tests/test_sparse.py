@@ -11,6 +11,8 @@ from test_kernels import POISON, at_offset, guarded
 import bitnet_ref as br
 from bitnet_ref import kernels
 from bitnet_ref._native import rows as native_rows
+from bitnet_ref.measure.sparse_ffn import SPARSITIES, measure_speed
+from bitnet_ref.paper_figures import fig_sparse_ffn
 from bitnet_ref.reference import sparse
 from bitnet_ref.reference.mlp import activate
 from bitnet_ref.reference.norm import rms_norm
@@ -258,3 +260,21 @@ def test_the_feed_forward_network_is_the_same_to_the_bit(sparsity):
     np.testing.assert_array_equal(h_q, dense_q)
     assert h_scale.tobytes() == dense_scale.tobytes()
     assert (sums.astype(np.float32) * (h_scale * down_scale)).tobytes() == dense.tobytes()
+
+
+# --- the measurement ------------------------------------------------------------------------------------------------
+
+
+def test_the_measurement_times_every_product_and_can_be_drawn():
+    rows = measure_speed(["scalar"], [1], n_rounds=1, ffn=60, hidden=330, copies=2)
+    found = [(row["part"], row["program"], row["sparsity"]) for row in rows]
+    assert len(set(found)) == len(found) == 3 + 2 * len(SPARSITIES)
+    assert all(row["isa"] == "scalar" and row["threads"] == 1 and row["median_ns"] > 0 for row in rows)
+    axes = fig_sparse_ffn.draw({"sparse_ffn": rows}).axes
+    assert [len(line.get_xdata()) for line in axes[0].get_lines()[:3]] == [len(SPARSITIES)] * 3
+
+
+def test_the_measurement_refuses_a_wrong_product(monkeypatch):
+    monkeypatch.setattr(native_rows, "add_rows", lambda *arguments: arguments[3].fill(1))
+    with pytest.raises(RuntimeError, match=r"addrows.* differs from .* at a sparsity of 0%"):
+        measure_speed(["scalar"], [1], n_rounds=1, ffn=60, hidden=330, copies=2)

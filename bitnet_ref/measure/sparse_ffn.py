@@ -19,13 +19,12 @@ from typing import Any
 import numpy as np
 
 from bitnet_ref import kernels
-from bitnet_ref._native import matmul as _matmul
-from bitnet_ref._native import rows as _rows
 from bitnet_ref.kernels import ISAS
 from bitnet_ref.measure import record as machine
 from bitnet_ref.measure.turns import rounds, sized, spread
 from bitnet_ref.reference.model import forward
-from bitnet_ref.reference.packing import PackedTernary, get_scheme, pack
+from bitnet_ref.reference.packing import PackedTernary, pack
+from bitnet_ref.reference.packing.base import freeze
 from bitnet_ref.reference.quantize import quantize_activations
 from bitnet_ref.runtime.load import load
 
@@ -81,16 +80,16 @@ def measure_speed(
         gemv, dotrows = _best("gemv", "base3", isa), _best("dotrows", "base3r", isa)
         addrows = _best("addrows", "base3r", isa)
         for n_threads in threads:
-            gate = _dense(gemv, dense_up, ffn, [z], n_threads)
+            gate = _dense(gemv, dense_up, [z], n_threads)
             programs = [sized({"part": "gate", "program": "base3", "sparsity": 0.0}, gate)]
             for sparsity in SPARSITIES:
                 acts = [_activations(rng, ffn, sparsity) for _ in range(_LISTS)]
                 gates = [np.where(x != 0, np.float32(1), np.float32(-1)) for x in acts]
                 calls = {
-                    ("up", "base3"): _dense(gemv, dense_up, ffn, [z], n_threads),
+                    ("up", "base3"): _dense(gemv, dense_up, [z], n_threads),
                     ("up", "base3r"): _dots(dotrows, sparse_up, z, gates, n_threads),
-                    ("down", "base3"): _dense(gemv, dense_down, hidden, acts, n_threads),
-                    ("down", "base3r"): _sums(addrows, sparse_up, hidden, acts, n_threads),
+                    ("down", "base3"): _dense(gemv, dense_down, acts, n_threads),
+                    ("down", "base3r"): _sums(addrows, sparse_up, acts, n_threads),
                 }
                 for i in range(0, copies * _LISTS, copies):  # the real matrix with every list
                     whole = np.where(gates[i % _LISTS] > 0, calls["up", "base3"](i), 0)
@@ -111,7 +110,7 @@ def _best(op: str, scheme: str, cap: str) -> kernels.Kernel:
     return kernels.get(max(names, key=lambda name: ISAS[name.isa]))
 
 
-def _copies(rng: np.random.Generator, packed: PackedTernary, copies: int) -> list[np.ndarray]:
+def _copies(rng: np.random.Generator, packed: PackedTernary, copies: int) -> list[PackedTernary]:
     """The bytes, and others that are as many weights, in one array at the beginning of a huge page.
 
     NumPy asks for huge pages for arrays of 4 MiB and more. A list of rows misses nearly every small page: with a matrix
@@ -123,7 +122,8 @@ def _copies(rng: np.random.Generator, packed: PackedTernary, copies: int) -> lis
     data[0] = packed.data
     for other in data[1:]:
         other[...] = rng.integers(0, 243, other.shape, np.uint8)
-    return list(data)
+    freeze(data)
+    return [PackedTernary(one, packed.shape, packed.scheme) for one in data]
 
 
 def _activations(rng: np.random.Generator, n: int, sparsity: float) -> np.ndarray:
@@ -135,50 +135,37 @@ def _activations(rng: np.random.Generator, n: int, sparsity: float) -> np.ndarra
 
 
 def _dense(
-    kernel: kernels.Kernel, data: list[np.ndarray], m: int, xs: list[np.ndarray], n_threads: int
+    kernel: kernels.Kernel, matrices: list[PackedTernary], xs: list[np.ndarray], n_threads: int
 ) -> Callable[[int], np.ndarray]:
-    """The i-th call goes on to the next weights and the next activations; as the runtime calls it, unchecked."""
-    scheme = get_scheme("base3")
-    layout = scheme.rows, scheme.block, scheme.tile_block_bytes
-    capsules, out = kernel.capsules(), np.empty((1, m), np.int32)
-
-    def call(i: int) -> np.ndarray:
-        x = xs[i % len(xs)].reshape(1, -1)
-        _matmul.matmul(*capsules, data[i % len(data)], m, x.shape[1], x, out, *layout, n_threads)
-        return out[0]
-
-    return call
+    """The i-th call goes on to the next weights and the next activations."""
+    out = np.empty(matrices[0].shape[0], np.int32)
+    return lambda i: kernel(xs[i % len(xs)], matrices[i % len(matrices)], n_threads=n_threads, out=out)
 
 
 def _dots(
-    kernel: kernels.Kernel, data: list[np.ndarray], z: np.ndarray, gates: list[np.ndarray], n_threads: int
+    kernel: kernels.Kernel, matrices: list[PackedTernary], z: np.ndarray, gates: list[np.ndarray], n_threads: int
 ) -> Callable[[int], np.ndarray]:
     """W_up of the rows with a positive gate, finding them included; zeros elsewhere, as SubLN needs them."""
-    capsule, _ = kernel.capsules()
 
     def call(i: int) -> np.ndarray:
         gate = gates[i % len(gates)]
         rows = np.flatnonzero(gate > 0).astype(np.int32)
-        sums = np.empty(len(rows), np.int32)
-        _rows.dot_rows(capsule, data[i % len(data)], rows, z, sums, n_threads)
         up = np.zeros(len(gate), np.int32)
-        up[rows] = sums
+        up[rows] = kernel.dot_rows(z, matrices[i % len(matrices)], rows, n_threads=n_threads)
         return up
 
     return call
 
 
 def _sums(
-    kernel: kernels.Kernel, data: list[np.ndarray], hidden: int, acts: list[np.ndarray], n_threads: int
+    kernel: kernels.Kernel, matrices: list[PackedTernary], acts: list[np.ndarray], n_threads: int
 ) -> Callable[[int], np.ndarray]:
     """W_down of the activations that are not zero, finding them included."""
-    capsule, _ = kernel.capsules()
-    out = np.empty(hidden, np.int32)
 
     def call(i: int) -> np.ndarray:
         x = acts[i % len(acts)]
-        _rows.add_rows(capsule, data[i % len(data)], np.flatnonzero(x).astype(np.int32), x, out, n_threads)
-        return out
+        rows = np.flatnonzero(x).astype(np.int32)
+        return kernel.add_rows(x, matrices[i % len(matrices)], rows, n_threads=n_threads)
 
     return call
 

@@ -10,6 +10,8 @@ OUT ?= report
 BIN := $(VENV)/bin
 # The build calls meson, ninja, cython and python3 by name.
 export PATH := $(abspath $(BIN)):$(PATH)
+# Meson keeps this name, so that an import that compiles what changed finds cython without the PATH of above.
+export CYTHON := $(abspath $(BIN))/cython
 SOURCES := $(shell find bitnet_ref pyx templates paper_figures -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null) \
            meson.build meson.options pyproject.toml README.md
 

@@ -1,10 +1,15 @@
 """Answers of classifiers as a file, and the kernels' answers held to another program's."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+import bitnet_ref
+from bitnet_ref.cli import main
 from bitnet_ref.errors import FormatError
 from bitnet_ref.formats.answers import Answers, read_answers, write_answers
 from bitnet_ref.reference.config import PRESETS
@@ -111,3 +116,49 @@ def test_questions_that_the_model_cannot_take_are_refused():
         answer(model, answers(label_tokens=[5, 120, 17]))
     with pytest.raises(ValueError, match="context of this model is 32 tokens, a prompt has 33"):
         answer(model, answers(prompts=[[1]] * 6 + [[1] * 33]))
+
+
+@pytest.fixture(scope="module")
+def proven(tmp_path_factory):
+    """The small model that the package has, and what its kernels answer."""
+    path = Path(bitnet_ref.__file__).parent / "models" / "small" / "small-base3.safetensors"
+    model = bitnet_ref.load(path, head="f16", n_threads=1)
+    given = answer(model, answers())
+    write_answers(given, tmp_path_factory.mktemp("answers") / "a")
+    return path, given
+
+
+def prove(model, asked, folder, *options):
+    write_answers(asked, folder / "asked")
+    return CliRunner().invoke(main, ["distill", "prove", str(model), str(folder / "asked"), *options])
+
+
+def test_prove_says_how_well_the_kernels_agree(proven, tmp_path):
+    path, given = proven
+    result = prove(path, given, tmp_path, "--scheme", "i2", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) | {"accuracy": 0, "other_accuracy": 0} == {
+        "n_prompts": 7,
+        "same_predictions": 7,
+        "largest_difference": 0.0,
+        "median_difference": 0.0,
+        "least_margin": json.loads(result.stdout)["least_margin"],
+        "accuracy": 0,
+        "other_accuracy": 0,
+        "differing": [],
+        "scheme": "i2",
+        "head": "f16",
+    }
+    assert "7 of 7 predictions are the same" in prove(path, given, tmp_path).stdout
+
+
+def test_prove_fails_where_an_answer_differs(proven, tmp_path):
+    path, given = proven
+    other = given.logits.copy()
+    other[3] = -other[3]
+    result = prove(path, dataclasses.replace(given, logits=other), tmp_path)
+    assert result.exit_code == 1 and "predictions differ, the first at prompt 3" in result.stderr
+    near = given.logits + np.float32(0.03) * np.ptp(given.logits) * np.eye(7, 3, dtype=np.float32)
+    same = (near.argmax(1) == given.predicted).all()
+    result = prove(path, dataclasses.replace(given, logits=near), tmp_path)
+    assert result.exit_code == 1 and (not same or "logits must agree to 0.02, they differ by 0.0" in result.stderr)

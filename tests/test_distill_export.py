@@ -1,8 +1,12 @@
 """A student's files, and the kernels' answers beside PyTorch's."""
 
+import json
+
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from bitnet_ref.cli import main
 from bitnet_ref.formats.answers import read_answers, write_answers
 from bitnet_ref.runtime import classify
 from bitnet_ref.runtime.load import load
@@ -73,3 +77,25 @@ def test_what_gguf_cannot_hold_is_said(tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["student.safetensors"]
     with pytest.raises(ValueError, match="exported to packed, hf-packed, gguf-tq2_0, got 'onnx'"):
         export.export_student(tmp_path / "student", tmp_path / "out", ["onnx"])
+
+
+def test_compare_times_both_and_counts_their_bytes(made, tmp_path):
+    folder, model, _ = made
+    model.config.save_pretrained(tmp_path)
+    arguments = ["distill", "compare", str(folder / "out" / export.FORMS["packed"]), str(tmp_path / "config.json")]
+    arguments += ["--prompt", "8", "--generate", "4", "--rounds", "1", "--head", "f16"]
+    result = CliRunner().invoke(main, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    ours, theirs = json.loads(result.stdout)["rows"]
+    matrices = 2 * (256 * 64 * (4 + 2 + 2 + 4) + 3 * 256 * 512)
+    assert (ours["program"], theirs["program"]) == ("bitnet_ref", "PyTorch")
+    assert (ours["matrix_bytes"], theirs["matrix_bytes"]) == (round(matrices / 5), 2 * matrices)
+    assert ours["table_bytes"] == theirs["table_bytes"] == 2 * 101 * 256
+    for row in (ours, theirs):
+        assert min(row["prefill_tokens_per_s"], row["decode_tokens_per_s"]) > 0
+        assert row["peak_resident_bytes"] > row["matrix_bytes"]
+    result = CliRunner().invoke(main, [*arguments[:3], str(tmp_path / "nothing.json"), *arguments[4:]])
+    assert result.exit_code == 2
+    (tmp_path / "config.json").write_text("{}")
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1 and "PyTorch ended with exit code 1 and no figures; it said" in result.stderr

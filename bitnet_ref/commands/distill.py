@@ -1,4 +1,4 @@
-"""Commands that train: ``distill run | table``. PyTorch is imported when one runs, and only then."""
+"""Commands of ``distill``. PyTorch is imported when one of them trains, and only then."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from bitnet_ref.commands import command, emit, json_option
+from bitnet_ref.commands.student import compare, prove
 from bitnet_ref.errors import BitnetRefError
 
 __all__ = ["distill"]
@@ -79,6 +80,10 @@ def run(
 def table(folder: Path, as_json: bool) -> None:
     """Write and print the tables of the run in FOLDER: means and spread over the seeds that have finished."""
     _print_tables(folder, as_json)
+
+
+distill.add_command(prove)
+distill.add_command(compare)
 
 
 def _print_tables(folder: Path, as_json: bool) -> None:

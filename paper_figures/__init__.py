@@ -66,6 +66,9 @@ FIGURES = (
     "fig_gemv_bandwidth",
     "fig_gemm_speed",
     "fig_roofline",
+    "fig_training_losses",
+    "fig_training_signs",
+    "fig_training_weights",
     "fig_weights",
 )
 """Modules of this package, in the order of the report."""

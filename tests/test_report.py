@@ -273,7 +273,7 @@ def test_collect_asks_for_speed_once_and_reports_progress(monkeypatch, weight_fi
     assert set(results) == {
         *("record", "limits", "speed", "memory", "energy", "weights"),
         *("energy_parts", "energy_left_out", "energy_bitnet_table", "energy_b158", "energy_implied_watts"),
-        *("energy_measured", "model_speed", "model_files", "parity"),
+        *("energy_measured", "model_speed", "model_files", "parity", "training"),
     }
     assert results["record"]["quick"] is True and results["record"]["seconds"] >= 0
     fractions = [fraction for _, fraction in seen]
@@ -630,3 +630,24 @@ def test_gaussian_reference_of_the_weight_figure():
     # Standard errors at a million samples are below 0.0005 for both.
     zeros, error = (q == 0).mean(), np.linalg.norm(w - scale * q) / np.linalg.norm(w)
     assert (zeros, error) == pytest.approx((module._GAUSSIAN_ZEROS, module._GAUSSIAN_ERROR), abs=0.002)
+
+
+# ------------------------------------------------------------------------------------------------- training study
+def test_the_study_has_every_model_of_every_seed_with_whole_curves():
+    study = collecting.training_results()
+    settings = study["settings"]
+    kinds = ("full precision", "b1.58", "b1.58 without SubLN", "b1")
+    runs = sorted((row["model"], row["seed"]) for row in study["scratch"])
+    assert runs == sorted((kind, seed) for kind in kinds for seed in range(settings["seeds"]))
+    assert len(study["continued"]) == 2 * settings["seeds"] and settings["seeds"] >= 3
+    for row in study["scratch"] + study["continued"]:
+        curve = row["curve"]
+        assert curve["step"][-1] == settings["steps"]
+        assert {len(column) for column in curve.values()} == {len(curve["step"])}
+        ternary = row.get("model", "b1.58").startswith("b1.58")
+        assert set(curve) == {"step", "loss"} | ({"zeros", "flips"} if ternary else set())
+        if ternary:
+            assert {len(point) for point in curve["zeros"] + curve["flips"]} == {len(settings["layers"])}
+    n_weights = {sum(row[key]) for row in study["continued"] for key in ("histogram_before", "histogram_after")}
+    assert len(n_weights) == 1
+    assert "not on this machine" in study["source"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -80,6 +82,27 @@ def run(
 def table(folder: Path, as_json: bool) -> None:
     """Write and print the tables of the run in FOLDER: means and spread over the seeds that have finished."""
     _print_tables(folder, as_json)
+
+
+@distill.command(short_help="Train small models over seeds, for the figures on training.")
+@click.option("--texts", type=click.Path(exists=True, path_type=Path), required=True, help="Folder of the two novels.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON file to write.")
+@click.option("--steps", type=int, default=200, show_default=True)
+@click.option("--seeds", type=int, default=3, show_default=True)
+@command
+def study(texts: Path, out: Path, steps: int, seeds: int) -> None:
+    """Full precision, b1.58 with and without SubLN, b1, and continued pre-training of the first: minutes of a core.
+
+    The report shows bitnet_ref/report/training_study.json, which this wrote.
+    """
+    module = _needs_torch("study")
+    from bitnet_ref.measure.record import record
+
+    results = module.run(texts, steps, seeds, click.echo)
+    header = record(f"bitnet-ref distill study --steps {steps} --seeds {seeds}") | {"torch": results.pop("torch")}
+    temporary = out.with_name(f".{out.name}")
+    temporary.write_text(json.dumps({"record": header, **results}) + "\n", encoding="utf-8")
+    os.replace(temporary, out)
 
 
 distill.add_command(prove)

@@ -55,9 +55,9 @@ def collect(*, quick: bool, weights: Path | None, command: str, progress: Progre
     Returns
     -------
     dict
-        Keys record, limits, speed, model_speed, model_files, parity, memory, energy, energy_parts, energy_left_out,
-        energy_bitnet_table, energy_b158, energy_implied_watts, energy_measured; weights if a file was given. Values are
-        JSON-ready.
+        Keys record, limits, speed, model_speed, model_files, parity, training, memory, energy, energy_parts,
+        energy_left_out, energy_bitnet_table, energy_b158, energy_implied_watts, energy_measured; weights if a
+        file was given. Values are JSON-ready.
 
     Raises
     ------
@@ -107,6 +107,7 @@ def modelled_results() -> dict[str, Any]:
         "memory": [{"table": table, **row.as_row()} for table, rows in tables.items() for row in rows],
         "model_files": file_account.model_form_rows(),
         "parity": parity_results(),
+        "training": training_results(),
         "energy": [row.as_row() for row in energy.published_rows()],
         "energy_parts": energy_parts_rows(),
         "energy_left_out": [row.as_row() for row in energy.left_out_rows()],
@@ -126,6 +127,20 @@ def parity_results() -> list[dict[str, Any]]:
         f"transformers {about['transformers']}, torch {about['torch']}; not on this machine"
     )
     return [{**row, "kind": "measured", "source": source} for row in kept["rows"]]
+
+
+def training_results() -> dict[str, Any]:
+    """Small models trained over seeds, which takes PyTorch and time: from the file that measure_training wrote."""
+    text = resources.files("bitnet_ref.report").joinpath("training_study.json").read_text(encoding="utf-8")
+    kept = json.loads(text)
+    about = kept["record"]
+    source = (
+        f"{about['command']}, measured on {about['date'][:10]}, {about['cpu']}, commit {about['commit']}, "
+        f"torch {about['torch']}; not on this machine"
+    )
+    about = {"kind": "measured", "source": source}
+    runs = {key: [{**row, **about} for row in kept[key]] for key in ("scratch", "continued")}
+    return {**about, "settings": kept["settings"], **runs}
 
 
 def file_results() -> list[dict[str, Any]]:

@@ -791,7 +791,7 @@ def render(results: Row, figures: list[Figure]) -> str:
         tables=tables(results),
         figures={
             section: [figure for figure in figures if figure.section == section]
-            for section in ("memory", "energy", "speed", "weights")
+            for section in ("memory", "energy", "speed", "training", "weights")
         },
         references=references(),
         arithmetic_ratio=arithmetic_ratio(),

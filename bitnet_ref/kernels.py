@@ -51,7 +51,7 @@ __all__ = [
     "table",
 ]
 
-ISAS = {"scalar": 0, "neon": 10, "avx2": 10, "neondot": 20, "avx512vnni": 20, "avx512vbmi": 25}
+ISAS = {"scalar": 0, "neon": 10, "avx2": 10, "avxvnni": 15, "neondot": 20, "avx512vnni": 20, "avx512vbmi": 25}
 """Instruction sets and their rank; of two that can run, the higher is chosen."""
 
 MAX_K = 2**24 - 1
@@ -226,12 +226,12 @@ class Kernel:
         """Exact product of int8 activations with a packed ternary matrix; see :func:`bitnet_ref.matmul`."""
         if not isinstance(packed, PackedTernary):
             raise TypeError(f"packed must be a PackedTernary, made by bitnet_ref.pack, got {type(packed).__name__}")
-        scheme = get_scheme(packed.scheme)
         m, k = packed.shape
-        if self.name.op not in PRODUCTS:
-            raise ValueError(f"{self.name} multiplies no matrix; name a gemv or gemm kernel")
-        if self.name.scheme != packed.scheme:
-            raise ValueError(f"{self.name} reads scheme {self.name.scheme}, got a matrix packed as {packed.scheme}")
+        name = self.name
+        if name.op not in PRODUCTS:
+            raise ValueError(f"{name} multiplies no matrix; name a gemv or gemm kernel")
+        if name.scheme != packed.scheme:
+            raise ValueError(f"{name} reads scheme {name.scheme}, got a matrix packed as {packed.scheme}")
         _check_int8(x_q)
         if x_q.ndim < 1 or x_q.shape[-1] != k:
             raise ValueError(f"x_q must have shape (..., {k}) for this matrix of K = {k}, got shape {x_q.shape}")
@@ -242,19 +242,28 @@ class Kernel:
             out = np.empty(shape, np.int32)
         else:
             check_out(out, shape, np.int32)
+        if not x_q.flags.c_contiguous:
+            x_q = np.ascontiguousarray(x_q)
+        call, tables, tile_block_bytes = self._native
         _matmul.matmul(
-            *self.capsules(),
+            call,
+            tables,
             packed.data,
             m,
             k,
-            np.ascontiguousarray(x_q) if x_q.ndim == 2 else np.ascontiguousarray(x_q).reshape(-1, k),
-            out if out.ndim == 2 else out.reshape(-1, m),
-            scheme.rows,
-            scheme.block,
-            scheme.tile_block_bytes,
+            x_q,
+            out,
+            name.rows,
+            name.block,
+            tile_block_bytes,
             resolve_threads(n_threads),
         )
         return out
+
+    @functools.cached_property
+    def _native(self) -> tuple[Any, Any, int]:
+        """The capsules, and the bytes of a block of a tile."""
+        return *self.capsules(), get_scheme(self.name.scheme).tile_block_bytes
 
     def capsules(self) -> tuple[Any, Any]:
         """The compiled functions of this variant and of its table builder (None if it has none)."""

@@ -40,6 +40,8 @@ cdef extern from "immintrin.h" nogil:
     __m256i _mm256_sign_epi16(__m256i, __m256i)
     __m256i _mm256_mullo_epi16(__m256i, __m256i)
     __m256i _mm256_mulhrs_epi16(__m256i, __m256i)
+    __m256i _mm256_mulhi_epu16(__m256i, __m256i)
+    __m256i _mm256_blendv_epi8(__m256i, __m256i, __m256i)
     __m256i _mm256_maddubs_epi16(__m256i, __m256i)
     __m256i _mm256_madd_epi16(__m256i, __m256i)
     __m256i _mm256_add_epi32(__m256i, __m256i)

@@ -28,9 +28,21 @@ class RecordingLoader(jinja2.FileSystemLoader):
         return source
 
 
-def fields_of_81():
-    """128 bytes: entry r < 81 holds the four base-3 digits of r as 2-bit fields, lowest digit in bits 1:0."""
-    return [sum((r // 3**i % 3) << (2 * i) for i in range(4)) if r < 81 else 0 for r in range(128)]
+def fields_of_81(digits):
+    """128 bytes: entry r < 81 holds the low ``digits`` (3 or 4) base-3 digits of r as 2-bit fields, the lowest in bits 1:0."""
+    return [sum((r // 3**i % 3) << (2 * i) for i in range(digits)) if r < 81 else 0 for r in range(128)]
+
+
+def divided(value, divisor):
+    """C int expression of ``value`` divided by ``divisor``, where there is no remainder.
+
+    A power of two is shifted away; an odd divisor has an inverse modulo 2**32, and what wraps comes out right.
+    """
+    twos = (divisor & -divisor).bit_length() - 1
+    odd = divisor >> twos
+    if twos:
+        value = f"({value}) >> {twos}"
+    return value if odd == 1 else f"<int>(<unsigned int>({value}) * {pow(odd, -1, 2**32)}u)"
 
 
 def environment():
@@ -42,9 +54,10 @@ def environment():
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    env.globals["fields_of_81"] = fields_of_81()
+    env.globals["fields_of_81"] = fields_of_81
     # n * inverse32[n] = 1 modulo 2^32, as a signed number: an exact division by an odd n is a product.
     env.globals["inverse32"] = {n: (pow(n, -1, 2**32) + 2**31) % 2**32 - 2**31 for n in (3, 9, 27, 81)}
+    env.globals["divided"] = divided
     return env
 
 

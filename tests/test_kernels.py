@@ -170,6 +170,16 @@ def test_rows_longer_than_a_segment(name, kernel, k):
     np.testing.assert_array_equal(kernel(x_q, br.pack(w_q, name.scheme), n_threads=2), expected)
 
 
+@pytest.mark.parametrize("name", [n for n in kernels.compiled() if n.scheme == "base3" and n.op == "gemv"], ids=str)
+def test_every_pair_of_bytes(name, kernel):
+    """Some instruction sets take bytes apart in pairs: every byte that packing writes, beside every other."""
+    codes = np.array(np.unravel_index(np.arange(3**5), (3,) * 5), np.int8)  # (5, 243)
+    first, second = np.repeat(np.arange(3**5), 3**5), np.tile(np.arange(3**5), 3**5)
+    w_q = codes[:, np.stack([first, second], 1).reshape(-1)] - np.int8(1)  # (5, 118098)
+    x_q = np.random.default_rng(21).integers(1, 128, w_q.shape[1], dtype=np.int8)  # no zero hides a byte
+    np.testing.assert_array_equal(kernel(x_q, br.pack(w_q, "base3")), w_q.astype(np.int32) @ x_q.astype(np.int32))
+
+
 # All weights +1 in the scheme's bytes, and one weight 0: what pack() gives, without packing 16 million columns.
 ALL_ONES = {"i2": (0xAA, 0x55), "base3": (242, 121)}
 
@@ -491,7 +501,7 @@ def test_products_build_no_tables_and_count_nothing(name, kernel):
 @every_probe
 @pytest.mark.parametrize("n_threads", [1, 2])
 def test_probes_count_their_multiply_adds(name, kernel, n_threads):
-    bytes_per_vector = {"scalar": 1, "avx2": 32, "avx512vnni": 64}[name.isa]
+    bytes_per_vector = {"scalar": 1, "avx2": 32, "avxvnni": 32, "avx512vnni": 64}[name.isa]
     # A tile of rows x block dot products a step, each as many multiply-adds as the vector has bytes, on every thread.
     expected = 1000 * name.rows * name.block * bytes_per_vector * kernels.resolve_threads(n_threads)
     assert kernel.multiply_adds(1000, n_threads) == expected

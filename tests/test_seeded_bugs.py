@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import os
 import shutil
 import subprocess
@@ -30,6 +31,7 @@ import test_templates
 
 import bitnet_ref.linear
 from bitnet_ref import kernels, verify
+from bitnet_ref._native import cpu
 from bitnet_ref.kernels import Kernel, KernelName
 from bitnet_ref.reference import packing
 from bitnet_ref.reference.packing import PackedTernary, Scheme, get_scheme
@@ -223,7 +225,8 @@ CYTHON = [
     "-X",
     "cdivision=True",
 ]
-FLAGS = {"scalar": [], "avx2": ["-mavx2"]}
+# avxvnni in the encoding of AVX-512, which a processor may have without AVX-VNNI: the same instruction.
+FLAGS = {"scalar": [], "avx2": ["-mavx2"], "avxvnni": ["-mavx2", "-mavx512vl", "-mavx512vnni"]}
 
 
 def change(folder, changes):
@@ -287,6 +290,19 @@ def test_an_unchanged_kernel_passes(name, tmp_path, monkeypatch, runnable):
     assert labels_found_wrong(kernel, monkeypatch)[0] == set()
 
 
+@pytest.mark.parametrize("name", [n for n in kernels.compiled() if n.isa == "avxvnni"], ids=str)
+def test_avxvnni_in_the_encoding_of_avx512(name, tmp_path, monkeypatch):
+    """These kernels must be right although hardly any machine that tests them can run them as they are compiled."""
+    if "avx512vnni" not in cpu.supported_isas():
+        pytest.skip(f"needs avx512vnni, this processor has only {', '.join(cpu.supported_isas())}")
+    kernel = build_kernel(name, [], tmp_path, monkeypatch)
+    assert labels_found_wrong(kernel, monkeypatch)[0] == set()
+    monkeypatch.setattr(kernels, "get", lambda name: kernel)
+    for weight, activation in itertools.product((1, -1), (127, -128)):
+        test_kernels.test_worst_cases_fill_no_accumulator(name, kernel, weight, activation)
+    test_kernels.test_dense_weights_around_tiles_and_blocks(name, kernel)
+
+
 # kernel, changes as (file, old text, new text), kinds of cases that find the bug, kinds that do not.
 IN_KERNELS = {
     "digits in the wrong order": (
@@ -309,7 +325,7 @@ IN_KERNELS = {
     ),
     "scale applied the wrong way round": (
         "gemv_i8_i2_4x64__avx2",
-        [("interleaved_rows.pyx.j2", "// {{ places[r][r] }}", "* {{ places[r][r] }}")],
+        [("interleaved_rows.pyx.j2", "divided(rest.sum, places[r][r])", "divided(rest.sum, 1)")],
         {"dense random", "all weights 1, all activations 127"},
         set(),
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 import shutil
 import subprocess
@@ -134,7 +135,7 @@ def test_generic_templates_name_no_intrinsic_and_no_instruction_set(path):
 
 
 def test_the_intrinsic_pattern_finds_intrinsics():
-    for isa in set(ISA_FILES) - {"scalar", "avx512vbmi"}:
+    for isa in set(ISA_FILES) - {"scalar", "avxvnni", "avx512vbmi"}:
         text = without_comments((TEMPLATES / "isa" / f"{isa}.pyx.j2").read_text(encoding="utf-8"))
         assert len(INTRINSIC.findall(text)) > 20
     assert not INTRINSIC.search((TEMPLATES / "isa" / "scalar.pyx.j2").read_text(encoding="utf-8"))
@@ -281,12 +282,25 @@ def test_an_undefined_name_is_an_error(tmp_path, monkeypatch):
 # --- constants and bounds -------------------------------------------------------------------------------------------
 
 
-def test_fields_of_81_hold_the_base_3_digits():
-    fields = render.fields_of_81()
+@pytest.mark.parametrize("digits", [3, 4])
+def test_fields_of_81_hold_the_low_base_3_digits(digits):
+    fields = render.fields_of_81(digits)
     assert len(fields) == 128 and not any(fields[81:])
-    for d3, d2, d1, d0 in ((d, c, b, a) for d in range(3) for c in range(3) for b in range(3) for a in range(3)):
-        assert fields[27 * d3 + 9 * d2 + 3 * d1 + d0] == d3 << 6 | d2 << 4 | d1 << 2 | d0
-    assert render.environment().globals["fields_of_81"] == fields
+    for d3, d2, d1, d0 in itertools.product(range(3), repeat=4):
+        assert fields[27 * d3 + 9 * d2 + 3 * d1 + d0] == (d3 << 6 | d2 << 4 | d1 << 2 | d0) % 4**digits
+    assert render.environment().globals["fields_of_81"] is render.fields_of_81
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 3, 4, 9, 12, 27, 64, 81, 162])
+def test_exact_quotients(divisor):
+    """The C expression, computed as C computes it: int32 that wraps, shifts that keep the sign."""
+    text = render.divided("v", divisor)
+    shift, inverse = (int((re.search(pattern, text) or ["", "0"])[1]) for pattern in (r">> (\d+)", r"\* (\d+)u"))
+    rest = re.sub(r">> \d+|\* \d+u|<(unsigned )?int>|[()v ]", "", text)
+    assert rest == ""
+    for q in (0, 1, -1, 7, -1000, 2**31 // divisor - 1, -(2**31) // divisor):
+        product = (q * divisor >> shift) * (inverse or 1) % 2**32
+        assert product - 2**32 * (product >= 2**31) == q
 
 
 @pytest.mark.parametrize(("scheme", "weights"), [("tl1", PAIRS), ("tl2", TRIPLES)])
@@ -297,7 +311,7 @@ def test_table_coefficients_are_the_weights_of_each_index(scheme, weights, isa):
         rows = re.findall(r"^W(\d)\[:\] = (\[[-\d, ]*\])$", source(name), re.MULTILINE)
         assert [int(index) for index, _ in rows] == list(range(weights.shape[1]))
         assert [[int(v) for v in row.strip("[]").split(",")] for _, row in rows] == weights.T.tolist()
-    assert names or isa.startswith("avx512")  # avx512 takes avx2's builders
+    assert names or isa == "avxvnni" or isa.startswith("avx512")  # these take avx2's builders
 
 
 @pytest.mark.parametrize("name", PRODUCTS, ids=str)
@@ -324,13 +338,25 @@ def test_whole_vectors_fit_blocks_and_tiles(isa):
 def test_sums_fit_their_lanes(isa, places):
     """The bounds of the comments, computed: codes up to 2 at their places, activations from -128 to 127."""
     module = isa_module(isa)
-    largest = max(2 * sum(row) for row in module[places])
-    assert largest <= 255  # codes at their places are still a byte
-    assert largest * 128 * kernels.SEGMENT_COLUMNS < 2**31
-    if module["PART_LIMIT"]:
-        steps = module["PART_LIMIT"] // largest
-        assert steps >= 1
-        assert steps * 2 * largest * 127 <= 2**15 - 1 and steps * 2 * largest * 128 <= 2**15  # two products a lane
+    for largest in (2 * sum(row) for row in module[places]):
+        assert largest <= 255  # codes at their places are still a byte
+        assert largest * 128 * kernels.SEGMENT_COLUMNS < 2**31
+        if module["PART_LIMIT"]:
+            steps = module["PART_LIMIT"] // largest
+            assert steps * module["VB"] >= 128  # two blocks of 64 columns are taken at least before widening
+            assert steps * 2 * largest * 127 <= 2**15 - 1 and steps * 2 * largest * 128 <= 2**15  # two products a lane
+
+
+def test_parts_are_widened_in_time():
+    """What the template makes of those bounds: the vectors between two widenings of base3's rows, by avx2."""
+    text = source(KernelName("gemv_i8_base3_5x64__avx2"))
+    assert re.search(r"stop = min\(j \+ (\d+), n_columns\)", text)[1] == str(16 * 32)
+    outer, inner = text.split("    while j < n_columns:", 1)[1].split("        while j < stop:", 1)
+    inner, after = inner.split("            acc4_0 = ", 1)
+    assert re.findall(r"part(\d)_0 = _mm256_setzero", outer) == list("0123")
+    assert re.findall(r"part(\d)_0 = _mm256_setzero", inner) == ["4"]
+    assert inner.count("codes = ") == 4 and "while" not in inner
+    assert re.findall(r"acc(\d)_0 = _mm256_add_epi32", after) == list("0123")
 
 
 def test_table_sums_fit_their_lanes():

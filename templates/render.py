@@ -29,7 +29,7 @@ class RecordingLoader(jinja2.FileSystemLoader):
 
 
 def fields_of_81(digits):
-    """128 bytes: entry r < 81 holds the low ``digits`` (3 or 4) base-3 digits of r as 2-bit fields, the lowest in bits 1:0."""
+    """128 bytes: entry r < 81 holds the low ``digits`` (3 or 4) base-3 digits of r as 2-bit fields, lowest first."""
     return [sum((r // 3**i % 3) << (2 * i) for i in range(digits)) if r < 81 else 0 for r in range(128)]
 
 

@@ -266,8 +266,8 @@ class Kernel:
         return *self.capsules(), get_scheme(self.name.scheme).tile_block_bytes
 
     def capsules(self) -> tuple[Any, Any]:
-        """The compiled functions of this variant and of its table builder (None if it has none)."""
-        return self._capsule, _table_builder(self.name)._capsule if _needs_tables(self.name.scheme) else None
+        """The compiled functions of this variant and of its table builder (None if it multiplies and adds)."""
+        return self._capsule, _table_builder(self.name)._capsule if _needs_tables(self.name) else None
 
     def dot_rows(
         self, x_q: np.ndarray, packed: PackedTernary, rows: np.ndarray, *, n_threads: int | None = None
@@ -503,8 +503,9 @@ def _load(name: KernelName) -> Kernel:
 
 
 @functools.cache
-def _needs_tables(scheme: str) -> bool:
-    return any(name.scheme == scheme for name in compiled("lut"))
+def _needs_tables(name: KernelName) -> bool:
+    """A table serves one token; for many, gemm turns indices back into codes."""
+    return name.op == "gemv" and any(lut.scheme == name.scheme for lut in compiled("lut"))
 
 
 @functools.cache

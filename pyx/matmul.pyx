@@ -49,7 +49,8 @@ cdef Py_ssize_t SEGMENT = SEGMENT_COLUMNS
 # stay in a second-level cache; activations are read in order, and each pass decodes the weights anew.
 cdef Py_ssize_t OPERAND_BYTES = 1048576
 cdef Py_ssize_t LUT_BYTES = 262144
-# A thread's share is whole panels of tiles (panel_rows.pyx.j2) where there are many tokens, if every thread gets some.
+# A thread's share is whole panels of tiles (panel_rows.pyx.j2) where there are many tokens, if every thread gets some. A tile of
+# 64 rows is a panel by itself (panel_indices.pyx.j2).
 cdef Py_ssize_t PANEL_TILES = 16
 cdef Py_ssize_t TABLE_BYTES = 256  # of one block: eight lookups of 32 bytes
 
@@ -77,7 +78,7 @@ cdef int run(matmul_t kernel, lut_t build, const unsigned char* w, Py_ssize_t w_
     cdef Py_ssize_t n_tiles = (m + rows - 1) // rows
     cdef Py_ssize_t operand = n_blocks * (TABLE_BYTES if build != NULL else block)
     cdef Py_ssize_t batch = max(4, (LUT_BYTES if build != NULL else OPERAND_BYTES) // operand // 4 * 4)
-    cdef Py_ssize_t unit = PANEL_TILES if n_tokens > 1 and n_tiles >= 2 * PANEL_TILES * n_threads else 1
+    cdef Py_ssize_t unit = PANEL_TILES if n_tokens > 1 and rows < 64 and n_tiles >= 2 * PANEL_TILES * n_threads else 1
     cdef Py_ssize_t i, t, count, chunk
     cdef int n_parts = <int>min(<Py_ssize_t>n_threads, n_tiles)
     cdef int* sums = NULL

@@ -109,6 +109,17 @@ def test_many_tokens_and_tiles(name, kernel):
     np.testing.assert_array_equal(got, product(w_q, x_q))
 
 
+@every_kernel
+def test_every_small_number_of_tokens(name, kernel):
+    """Every micro-tile, alone and behind full ones; two depths of a panel, and a last tile that is cut."""
+    rng = np.random.default_rng(29)
+    w_q, x_q = dense(rng, 2 * name.rows + 1, 384 + 2 * name.block - 1, 130)
+    packed, expected = br.pack(w_q, name.scheme), product(w_q, x_q)
+    for t in (*range(1, 18), 127, 128, 129, 130):
+        got = kernel(x_q[:t], packed, n_threads=1 + t % 2)
+        np.testing.assert_array_equal(got, expected[:t], err_msg=f"T = {t}")
+
+
 PANEL_TILES = 16  # tiles of a panel in panel_rows.pyx.j2, or a multiple of them
 PANEL_DEPTH = 512  # columns of a panel at a time
 

@@ -651,3 +651,51 @@ def test_the_study_has_every_model_of_every_seed_with_whole_curves():
     n_weights = {sum(row[key]) for row in study["continued"] for key in ("histogram_before", "histogram_after")}
     assert len(n_weights) == 1
     assert "not on this machine" in study["source"]
+
+
+def made_up_batches(isas=("avx2", "avx512vnni")):
+    """One token takes 100 us, each further one 10: all on the line."""
+    row = {"program": "bitnet_ref", "kind": "measured", "m": 2560, "k": 6912, "threads": 1, "verified": True}
+    return [
+        {
+            **row,
+            "scheme": scheme,
+            "isa": isa,
+            "kernel": f"{'gemv' if tokens == 1 else 'gemm'}_i8_{scheme}__{isa}",
+            "tokens": tokens,
+            "median_ns": (90 + 10 * tokens) * 1e3,
+            "low_ns": (89 + 10 * tokens) * 1e3,
+            "high_ns": (92 + 10 * tokens) * 1e3,
+        }
+        for isa, scheme, tokens in itertools.product(isas, ("i2", "tl1"), (*range(1, 17), 128))
+    ]
+
+
+@pytest.mark.parametrize("isas", [("avx2",), ("avx2", "avx512vnni")])
+def test_small_batches_and_their_line(isas, tmp_path):
+    figure_module = importlib.import_module("bitnet_ref.paper_figures.fig_small_batches")
+    rows = made_up_batches(isas)
+    for results in ({"rows": rows}, {"parts": {"batches": {"rows": rows}}}):
+        figure = figure_module.draw(results)
+        assert len(figure.axes) == len(isas)
+        for axes in figure.axes:
+            lines = [line for line in axes.lines if len(line.get_xdata()) == 128]
+            dots = [line for line in axes.lines if len(line.get_xdata()) == 17]
+            assert len(lines) == len(dots) == 2
+            for line, dot in zip(lines, dots, strict=True):
+                on_line = dict(zip(line.get_xdata(), line.get_ydata(), strict=True))
+                for tokens, us in zip(dot.get_xdata(), dot.get_ydata(), strict=True):
+                    assert us == pytest.approx(on_line[tokens], rel=1e-12)
+                    assert us == pytest.approx((90 + 10 * tokens) / tokens, rel=1e-12)
+    paper_figures.save(figure, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_small_batches_want_one_token_and_many():
+    figure_module = importlib.import_module("bitnet_ref.paper_figures.fig_small_batches")
+    for missing in ({1}, {128}, set(range(2, 17))):
+        rows = [row for row in made_up_batches() if row["tokens"] not in missing]
+        with pytest.raises(
+            ValueError, match=r"^this figure needs verified rows of one thread for 1, 128 and some of 2"
+        ):
+            figure_module.draw({"rows": rows})

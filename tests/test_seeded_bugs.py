@@ -341,6 +341,12 @@ IN_KERNELS = {
         {"all weights 1, all activations 127", "all weights -1, all activations -128"},
         {"dense random"},
     ),
+    "int16 overflow of decoded codes": (
+        "gemm_i8_tl1_64x16__avx2",
+        [("panel_indices.pyx.j2", "min(n_quads, {{ isa.PART_LIMIT // 2 }})", "min(n_quads, {{ isa.PART_LIMIT * 2 }})")],
+        {"all weights 1, all activations 127", "all weights 1, all activations -128"},
+        {"dense random"},
+    ),
     "sign of a triple ignored": (
         "gemv_i8_tl2_64x24__scalar",
         [("isa/scalar.pyx.j2", "{{ a }} - {{ b }} if {{ negative }}", "{{ a }} + {{ b }} if {{ negative }}")],

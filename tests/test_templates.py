@@ -318,7 +318,9 @@ def test_table_coefficients_are_the_weights_of_each_index(scheme, weights, isa):
 def test_kernels_step_through_a_block_as_the_scheme_lays_it_out(name):
     scheme = get_scheme(name.scheme)
     text = source(name)
-    if scheme.rows == 64:  # lookup: block_bytes a block, for each 64-byte run of rows
+    if scheme.rows == 64 and name.op == "gemm":  # indices that become codes: block_bytes a block, one table a column
+        assert set(re.findall(r"^ +w \+= (\d+)$", text, re.MULTILINE)) == {str(scheme.tile_block_bytes)}
+    elif scheme.rows == 64:  # lookup: block_bytes a block, for each 64-byte run of rows
         assert set(re.findall(r"^ +p \+= (\d+)$", text, re.MULTILINE)) == {str(scheme.tile_block_bytes)}
         assert set(re.findall(r"^ +table \+= (\d+)$", text, re.MULTILINE)) == {"256"}
     else:  # interleaved rows: one byte a column
@@ -357,6 +359,28 @@ def test_parts_are_widened_in_time():
     assert re.findall(r"part(\d)_0 = _mm256_setzero", inner) == ["4"]
     assert inner.count("codes = ") == 4 and "while" not in inner
     assert re.findall(r"acc(\d)_0 = _mm256_add_epi32", after) == list("0123")
+
+
+@every_isa
+def test_sums_of_isolated_codes_fit_their_lanes(isa):
+    """panel_indices: codes up to 2, and PART_LIMIT / 2 quads, of which a lane of int16 takes two products each."""
+    limit = isa_module(isa)["PART_LIMIT"]
+    names = [name for name in NAMES if (name.op, name.scheme, name.isa) == ("gemm", "tl2", isa)]
+    for name in names:
+        parts = re.findall(r"min\(n_quads, (\d+)\)", source(name))
+        assert len(parts) == (isa_module(isa)["MICRO"][4] if limit else 0)
+        assert all(int(quads) * 2 * 2 * 127 <= 2**15 - 1 and int(quads) * 2 * 2 * 128 <= 2**15 for quads in parts)
+    assert 2 * 128 * kernels.SEGMENT_COLUMNS < 2**31
+    assert names or isa == "avx512vbmi"
+
+
+@pytest.mark.parametrize(("scheme", "weights"), [("tl1", PAIRS), ("tl2", TRIPLES)])
+def test_indices_become_the_codes_of_the_scheme(scheme, weights):
+    for name in [name for name in NAMES if (name.op, name.scheme) == ("gemm", scheme)]:
+        rows = re.findall(r"static const signed char (W|CODES)(\d)\[16\] = \{([-\d, ]*)\};", source(name))
+        assert [int(column) for _, column, _ in rows] == list(range(weights.shape[1]))
+        for (table, _, values), column in zip(rows, weights.T, strict=True):
+            assert [int(v) for v in values.split(",")] == (column + (table == "CODES")).tolist()
 
 
 def test_table_sums_fit_their_lanes():

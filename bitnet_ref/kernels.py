@@ -195,6 +195,15 @@ def _select(op: str, scheme: str, cap: str | None, isas: tuple[str, ...]) -> Ker
     return _load(max(found, key=lambda name: ISAS[name.isa]))
 
 
+# Where turning indices into codes costs more than looking them up for one token after the other: see docs/kernels.md.
+_LOOKED_UP_TOKENS = {"tl1": 2, "tl2": 3}
+
+
+def op_for(scheme: str, n_tokens: int) -> str:
+    """The op that is taken for this many tokens when none is named: gemv for one (tables: for a few), else gemm."""
+    return "gemv" if 1 <= n_tokens <= _LOOKED_UP_TOKENS.get(scheme, 1) else "gemm"
+
+
 def get(name: str) -> Kernel:
     """Exactly the named variant.
 
@@ -407,8 +416,8 @@ def matmul(
         Bytes that :func:`bitnet_ref.pack` made, or that its ``unpack()`` has accepted: kernels do not look for codes
         that stand for no weights. Such codes give wrong sums, never reads or writes outside the arrays.
     kernel : str, optional
-        A name from :func:`bitnet_ref.kernels.supported`. Without it the best one for one token (gemv) or several
-        (gemm) is taken.
+        A name from :func:`bitnet_ref.kernels.supported`. Without it the best one for this many tokens is taken
+        (:func:`bitnet_ref.kernels.op_for`).
     n_threads : int, optional
         See :func:`resolve_threads`. The result does not depend on it.
     out : ndarray of shape (..., M), int32, C-contiguous, optional
@@ -430,8 +439,8 @@ def matmul(
     if kernel is None:
         if not isinstance(packed, PackedTernary):
             raise TypeError(f"packed must be a PackedTernary, made by bitnet_ref.pack, got {type(packed).__name__}")
-        one_token = isinstance(x_q, np.ndarray) and x_q.size == packed.shape[1]
-        kernel = select("gemv" if one_token else "gemm", packed.scheme)
+        n_tokens = x_q.size // packed.shape[1] if isinstance(x_q, np.ndarray) else 0
+        kernel = select(op_for(packed.scheme, n_tokens), packed.scheme)
     elif not isinstance(kernel, Kernel):
         kernel = get(kernel)
     return kernel(x_q, packed, n_threads=n_threads, out=out)

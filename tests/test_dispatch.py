@@ -215,6 +215,18 @@ def test_matmul_takes_gemv_for_one_token_and_gemm_for_several(batch, op, monkeyp
     assert asked == [(op, "base3")]
 
 
+@pytest.mark.parametrize(("scheme", "last"), [("i2", 1), ("base3", 1), ("tl1", 2), ("tl2", 3)])
+def test_tables_serve_a_few_tokens_too(scheme, last, monkeypatch):
+    asked = []
+    select = kernels.select
+    monkeypatch.setattr(kernels, "select", lambda *arguments: asked.append(arguments[0]) or select(*arguments))
+    w_q, x_q = np.ones((2, 5), np.int8), np.arange(25, dtype=np.int8).reshape(5, 5)
+    for tokens in range(1, 6):
+        out = br.matmul(x_q[:tokens], br.pack(w_q, scheme))
+        np.testing.assert_array_equal(out, np.repeat(x_q[:tokens].sum(1, dtype=np.int32)[:, None], 2, axis=1))
+    assert asked == ["gemv"] * last + ["gemm"] * (5 - last)
+
+
 def test_matmul_runs_the_named_kernel(monkeypatch):
     ran = []
     call = Kernel.__call__

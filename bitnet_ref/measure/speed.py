@@ -201,7 +201,8 @@ def _run(
             w_q, x_q, expected = problem(m, k, tokens)
             programs = [_numpy_program(w_q, x_q, expected, threads)] if "numpy" in peers else []
             op = "gemv" if tokens == 1 else "gemm"
-            programs += [_kernel_program(name, w_q, x_q, expected, threads) for name in names(op)]
+            mine = [name for o in kernels.PRODUCTS for name in names(o) if kernels.op_for(name.scheme, tokens) == o]
+            programs += [_kernel_program(name, w_q, x_q, expected, threads) for name in mine]
             refused = []
             for worker in workers:
                 found, without = worker.programs(m, k, tokens, threads)
@@ -223,8 +224,8 @@ def _run(
                 rows.append(
                     {
                         "kind": "measured",
-                        **program.row,
                         **about,
+                        **program.row,
                         **timed,
                         "weights_per_s": tokens * m * k / timed["median_ns"] * 1e9,
                         "read_bandwidth_fraction": program.row["weight_bytes"] / timed["median_ns"] / read_per_ns,

@@ -184,8 +184,8 @@ class TernaryLayer:
         if k <= kernels.SEGMENT_COLUMNS:
             capsules = kernels.select("gemv", w_packed.scheme).capsules()
             self.matrix = Matrix(*capsules, w_packed.data, m, k, scheme.rows, scheme.block, float(self.w_scale))
-        self._one, self._many = (
-            functools.partial(
+        self._products = {
+            op: functools.partial(
                 _product,
                 _matmul.matmul if wrap is None else wrap("product", _matmul.matmul),
                 *kernels.select(op, w_packed.scheme).capsules(),
@@ -194,8 +194,8 @@ class TernaryLayer:
                 k,
                 (scheme.rows, scheme.block, scheme.tile_block_bytes, n_threads),
             )
-            for op in ("gemv", "gemm")
-        )
+            for op in kernels.PRODUCTS
+        }
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """Apply the layer to x of shape (T, K), float32; returns (T, M), float32.
@@ -206,7 +206,8 @@ class TernaryLayer:
             If x has another shape or is not finite.
         """
         x_q, x_scale = self._ops.quantize(x)
-        return self._ops.rescale((self._one if len(x) == 1 else self._many)(x_q), x_scale, self.w_scale)
+        product = self._products[kernels.op_for(self.w_packed.scheme, len(x_q))]
+        return self._ops.rescale(product(x_q), x_scale, self.w_scale)
 
 
 def _product(

@@ -371,7 +371,7 @@ def test_sums_of_isolated_codes_fit_their_lanes(isa):
         assert len(parts) == (isa_module(isa)["MICRO"][4] if limit else 0)
         assert all(int(quads) * 2 * 2 * 127 <= 2**15 - 1 and int(quads) * 2 * 2 * 128 <= 2**15 for quads in parts)
     assert 2 * 128 * kernels.SEGMENT_COLUMNS < 2**31
-    assert names or isa == "avx512vbmi"
+    assert names or isa in ("avx512vbmi", "avxvnni")  # they leave tl2 to the next lower set
 
 
 @pytest.mark.parametrize(("scheme", "weights"), [("tl1", PAIRS), ("tl2", TRIPLES)])

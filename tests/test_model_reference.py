@@ -450,6 +450,12 @@ def test_presets_by_architecture():
     large, three = PRESETS["1bitLLM/bitnet_b1_58-large"], PRESETS["1bitLLM/bitnet_b1_58-3B"]
     assert large.activation == three.activation == "silu" and large.sub_norm and large.ternary
     assert (large.head_dim, three.head_dim) == (96, 100)
+    xl = PRESETS["1bitLLM/bitnet_b1_58-xl"]
+    assert (
+        (xl.head_dim, xl.ffn, xl.kv_heads) == (64, 5460, 32) and xl.activation == "silu" and xl.sub_norm and xl.ternary
+    )
+    weights = sum(math.prod(shape) for shape in xl.linear_shapes().values())
+    assert 1.2e9 < weights < 1.25e9  # with its embedding of 65.5 million the 1.3B of [B158]
     falcon = PRESETS["tiiuae/Falcon3-1B-Instruct-1.58bit"]
     assert (falcon.head_dim, falcon.sub_norm, falcon.ternary, falcon.tied_head) == (256, False, True, False)
     assert not PRESETS["HF1BitLLM/Llama3-8B-1.58-100B-tokens"].sub_norm

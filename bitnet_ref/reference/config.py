@@ -639,6 +639,24 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
         "vocab_size": 32002,
         "weight_bits": 1,
     },
+    "1bitLLM/bitnet_b1_58-xl": {
+        "architectures": ["BitnetForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "input_bits": 8,
+        "intermediate_size": 5460,
+        "max_position_embeddings": 2048,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 32,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "vocab_size": 32002,
+        "weight_bits": 1,
+    },
     "1bitLLM/bitnet_b1_58-3B": {
         "architectures": ["BitnetForCausalLM"],
         "model_type": "llama",
@@ -710,7 +728,9 @@ PRESETS: Mapping[str, ModelConfig] = MappingProxyType(
 )
 """Published models by their names on Hugging Face, each read from the computing keys of its ``config.json``.
 
-The Llama3-8B-1.58 entry is from a copy of that file in another repository (Rushi2901/bitnet_b1_58-xl)."""
+The Llama3-8B-1.58 entry is from a copy of that file in another repository (Rushi2901/bitnet_b1_58-xl). The entry of
+1bitLLM's xl has the sizes that other programs give for it, those of the 1.3B model in [B158]'s training notes; what is
+not a size is as in its two siblings."""
 
 
 def _shown(value: object) -> str:

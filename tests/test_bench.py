@@ -286,3 +286,18 @@ def test_no_ratio_without_verified_figures():
         ratio(KERNEL, KERNEL | {"program": "peer", "verified": False}, "weights_per_s")
     with pytest.raises(UnlikeError, match="needs both figures, peer i2 has none"):
         ratio(KERNEL, KERNEL | {"program": "peer", "weights_per_s": None}, "weights_per_s")
+
+
+def test_a_turn_is_timed_when_all_threads_are_awake(monkeypatch):
+    """The first calls after a pause may be thirty times slower, and are not in the time of the turn."""
+    now = [0]
+    monkeypatch.setattr(turns.time, "perf_counter_ns", lambda: now[0])
+    asleep = [True]
+
+    def call(i):
+        now[0] += 3_000_000 if asleep[0] and now[0] < 20_000_000 else 100_000
+
+    program = turns.sized({}, call)
+    ns, _ = program.turn()
+    assert ns == 100_000
+    assert now[0] > 2 * turns.WAKE_NS + turns.SLICE_NS

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["BUSY", "Program", "busy_seconds", "frequency_hz", "rounds", "sized", "spread"]
+__all__ = ["BUSY", "Program", "busy_seconds", "frequency_hz", "rounds", "sized", "spread", "wake"]
 
 SLICE_NS = 15_000_000
 """One program's turn in a round takes at least this long, or one call."""
@@ -25,6 +25,10 @@ SLICE_NS = 15_000_000
 SETTLE_S = 0.05
 """Idle workers of a thread pool keep spinning for a while and would take a processor from the program that is next:
 OpenBLAS for 2**26 cycles, OpenMP for some milliseconds."""
+
+WAKE_NS = 30_000_000
+"""Untimed work before each turn. Workers that slept may wake on the processor of the one that woke them, and the system
+takes some ten milliseconds to part them; until then every barrier waits for a time slice: 3 ms a product, not 0.1."""
 
 BUSY = 0.05
 """Share of all processors' time that others may take in a round before it counts as busy."""
@@ -39,12 +43,20 @@ class Program:
     times: list[float] = field(default_factory=list)
 
 
+def wake(call: Callable[[], object]) -> None:
+    """Call for :data:`WAKE_NS`, untimed, so that all threads run on processors of their own when time begins."""
+    end = time.perf_counter_ns() + WAKE_NS
+    while time.perf_counter_ns() < end:
+        call()
+
+
 def sized(row: dict[str, Any], call: Callable[[int], object]) -> Program:
     """A program of this process whose ``call(i)`` does the i-th unit, with turns that are long enough to time."""
     per_turn, cursor = _per_turn(call), 0
 
     def turn() -> tuple[float, float]:
         nonlocal cursor
+        wake(lambda: call(cursor))
         spent, start = time.process_time(), time.perf_counter_ns()
         for i in range(cursor, cursor + per_turn):
             call(i)
@@ -57,7 +69,7 @@ def sized(row: dict[str, Any], call: Callable[[int], object]) -> Program:
 
 def _per_turn(call: Callable[[int], object]) -> int:
     """How many units fill a slice; these first calls also warm caches and threads."""
-    call(0)
+    wake(lambda: call(0))
     start = time.perf_counter_ns()
     call(1)
     return max(1, -(-SLICE_NS // max(1, time.perf_counter_ns() - start)))

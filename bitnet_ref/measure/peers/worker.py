@@ -11,7 +11,7 @@ import numpy as np
 
 from bitnet_ref.measure.peers import ERROR_LIMIT
 from bitnet_ref.measure.problem import problem
-from bitnet_ref.measure.turns import SLICE_NS
+from bitnet_ref.measure.turns import SLICE_NS, wake
 
 __all__ = ["Candidate", "answer", "products", "serve"]
 
@@ -47,6 +47,7 @@ def products(candidates: Callable[..., Iterator[Candidate]]) -> dict[str, Callab
                 row["note"] = f"error {error:.2g} of the root mean square: it does not compute this product; not timed"
                 found.append((-1, row))
                 continue
+            wake(call)
             start = time.perf_counter_ns()
             call()
             ns = max(1, time.perf_counter_ns() - start)
@@ -57,6 +58,7 @@ def products(candidates: Callable[..., Iterator[Candidate]]) -> dict[str, Callab
 
     def turn(handle: int) -> tuple[float, float]:
         call, units, repeats = ready[handle]
+        wake(call)
         spent, start = time.process_time(), time.perf_counter_ns()
         for _ in range(repeats):
             call()

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -301,3 +303,14 @@ def test_a_turn_is_timed_when_all_threads_are_awake(monkeypatch):
     ns, _ = program.turn()
     assert ns == 100_000
     assert now[0] > 2 * turns.WAKE_NS + turns.SLICE_NS
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a child's peak is its own")
+def test_a_child_does_not_begin_with_the_peak_of_its_parent():
+    """The interpreter between has 480 MB when it starts the one that is asked."""
+    child = "from bitnet_ref.measure.model_bench import peak_resident_bytes; print(peak_resident_bytes())"
+    between = (
+        f"import subprocess, sys; x = b'1' * 480_000_000; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    )
+    run = subprocess.run([sys.executable, "-c", between], capture_output=True, text=True, check=True)
+    assert 10e6 < int(run.stdout) < 400e6

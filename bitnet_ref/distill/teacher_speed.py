@@ -54,8 +54,16 @@ def measure(model: torch.nn.Module, n_prompt: int, n_generate: int) -> dict[str,
     return {
         "prefill_tokens_per_s": n_prompt / min(prefill[1:]),
         "decode_tokens_per_s": 1 / statistics.median(steps),
-        "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_resident_bytes": _peak_resident_bytes(),
     }
+
+
+def _peak_resident_bytes() -> int:
+    """As bitnet_ref.measure.model_bench has it; on Linux ru_maxrss would begin with the parent's."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def main(arguments: list[str] | None = None) -> None:

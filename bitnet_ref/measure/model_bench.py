@@ -21,6 +21,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -183,6 +184,15 @@ def _shares(model: Model, n_threads: int, cache: Any) -> dict[str, float]:
 
 
 def peak_resident_bytes() -> int:
-    """The most memory that this process has had resident so far, mapped files included."""
+    """The most memory that this program has had resident so far, mapped files included.
+
+    Linux keeps ``ru_maxrss`` through ``exec``: a child begins with what its parent had when it was forked. The
+    high-water mark of the address space in ``/proc`` begins anew.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        pass  # not Linux
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB

@@ -639,9 +639,13 @@ def test_ctrl_c_on_the_command_line(tmp_path):
         "--overwrite",
     ]
     command += ["--embedding", "q6_k"]  # takes a second to encode
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
-    ) as program:
+
+    def heed_interrupts():
+        """What a shell without job control starts in the background ignores SIGINT, and so does all that it starts."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=os.environ, preexec_fn=heed_interrupts, **pipes) as program:
         while not any(p.name.endswith(".partial") and p.stat().st_size > 1 << 20 for p in tmp_path.iterdir()):
             assert program.poll() is None, program.communicate()
             time.sleep(0.01)

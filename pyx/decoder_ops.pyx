@@ -7,13 +7,14 @@ thread, so results do not depend on how many there are. Compiled with baseline f
 from cpython.buffer cimport PyBUF_ND, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cython.parallel cimport prange
+from libc.math cimport INFINITY, fabsf
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 import numpy as np
 
-from kernel_abi cimport lut_t, matmul_t
+from kernel_abi cimport add_rows_t, dot_rows_t, lut_t, matmul_t
 
 cdef extern from "decoder_steps.h" nogil:
     ctypedef struct decoder_steps:
@@ -120,9 +121,73 @@ cdef class Matrix:
             raise ValueError(f"{m} rows in tiles of {rows} must have {self.about.n_tiles} tiles, got {data.shape}")
 
 
+cdef enum:
+    ROW_BLOCK = 320  # columns of a block of base3r
+
+
+cdef class ListedRows:
+    """W_up and the transpose of W_down of one gated network in the layout base3r, and when their rows are read by lists.
+
+    Parameters
+    ----------
+    dot, add : capsules of a dotrows and an addrows kernel
+    up, down : uint8 (ffn, 64 * blocks)
+    k : int
+        Columns of a row, the hidden size.
+    up_most, down_most : int
+        Longest lists for which rows are read singly; with more the dense product is taken.
+    """
+
+    cdef dot_rows_t dot
+    cdef add_rows_t add
+    cdef _View held_up, held_down
+    cdef Py_ssize_t ffn, k, n_blocks, stride, up_most, down_most
+    cdef long long tokens, up_rows, down_rows, up_listed, down_listed, read_bytes
+
+    def __init__(self, dot, add, up, down, Py_ssize_t k, Py_ssize_t up_most, Py_ssize_t down_most):
+        self.dot = <dot_rows_t>PyCapsule_GetPointer(dot, b"bitnet_ref.dotrows/1")
+        self.add = <add_rows_t>PyCapsule_GetPointer(add, b"bitnet_ref.addrows/1")
+        self.held_up, self.held_down = _contiguous(up, uint8, "up", 2), _contiguous(down, uint8, "down", 2)
+        self.ffn, self.k, self.n_blocks = self.held_up.size(0), k, (k + ROW_BLOCK - 1) // ROW_BLOCK
+        self.stride = ROW_BLOCK // 5 * self.n_blocks
+        self.up_most, self.down_most = up_most, down_most
+        for view in (self.held_up, self.held_down):
+            if (<_View>view).size(0) != self.ffn or (<_View>view).size(1) != self.stride:
+                raise ValueError(f"up and down must have shape ({self.ffn}, {self.stride}), got {up.shape}, {down.shape}")
+
+    def take_counts(self):
+        """What happened since this was asked last, as a dict.
+
+        tokens; up_rows, down_rows: rows that counted, of all tokens; up_listed, down_listed: tokens whose rows were read
+        singly; read_bytes: their bytes.
+        """
+        counts = {"tokens": self.tokens, "up_rows": self.up_rows, "down_rows": self.down_rows,
+                  "up_listed": self.up_listed, "down_listed": self.down_listed, "read_bytes": self.read_bytes}
+        self.tokens = self.up_rows = self.down_rows = self.up_listed = self.down_listed = self.read_bytes = 0
+        return counts
+
+
+cdef Py_ssize_t list_positive(const int* sums, Py_ssize_t n, float scale, int* rows) noexcept nogil:
+    # Rows whose float gate is positive. No branch: whether the next one is cannot be predicted.
+    cdef Py_ssize_t count = 0, i
+    for i in range(n):
+        rows[count] = <int>i
+        count += <float>sums[i] * scale > 0
+    return count
+
+
+cdef Py_ssize_t list_nonzero(const signed char* x, Py_ssize_t n, int* rows) noexcept nogil:
+    cdef Py_ssize_t count = 0, i
+    for i in range(n):
+        rows[count] = <int>i
+        count += x[i] != 0
+    return count
+
+
 cdef struct input_t:
     # One token as kernels read it: int8, or the tables of the schemes that have some.
     const signed char* operand
+    const signed char* x_q
     float scale
     int sum
 
@@ -230,7 +295,7 @@ cdef class Steps:
         if not self.call.norm_quantize(x, weight, normed, x_q, &out.scale, &out.sum, a.k, eps, offset):
             return 0
         memset(x_q + a.k, 0, padded - a.k)
-        out.operand = x_q
+        out.operand = out.x_q = x_q
         if a.build != NULL:
             chunk = (a.n_blocks + self.n_threads - 1) // self.n_threads
             for i in prange(self.n_threads, num_threads=self.n_threads, schedule='static', chunksize=1):
@@ -337,11 +402,12 @@ cdef class Steps:
                 self.call.rescale(sums[j] + first, target[j] + first, count, token.scale * about[j].scale)
 
     def feed_forward(self, x, weight, sub_weight, float eps, float offset, Matrix gate, Matrix up, Matrix down,
-                     str activation):
+                     str activation, ListedRows listed=None):
         """One token through the gated feed-forward network, added to itself; x float32 (1, K).
 
         ``x + linear(rms_norm(activate(linear(a, gate)) * linear(a, up), sub_weight), down)``, a = rms_norm(x, weight);
-        without the inner norm if sub_weight is None.
+        without the inner norm if sub_weight is None. With `listed`, for relu2 only, rows of up and columns of down that
+        add nothing may be left out: the same values.
         """
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be relu2, silu or gelu_tanh, got {activation!r}")
@@ -365,6 +431,10 @@ cdef class Steps:
         y = np.empty((1, k), float32)
         cdef _View b = _View(y, float32, "y")
         cdef Py_ssize_t input_size = max(input_bytes(&gate.about), input_bytes(&down.about))
+        if listed is not None:
+            if listed.ffn != ffn or listed.k != k or kind != ACTIVATE_RELU2:
+                raise ValueError("listed rows must be of this network, and its activation relu2")
+            input_size += self._listed_bytes(listed)
         cdef char* memory = <char*>malloc(4 * size + input_size)
         if memory == NULL:
             raise MemoryError("no memory for the activations of a layer")
@@ -377,16 +447,22 @@ cdef class Steps:
         cdef const float* norm = <const float*>w.buffer.buf
         cdef float* target = <float*>b.buffer.buf
         cdef input_t token
-        cdef char* rest = memory + 4 * size
+        cdef char* more = memory + 4 * size  # for listed rows
+        cdef char* rest = more + (self._listed_bytes(listed) if listed is not None else 0)
+        cdef int up_done = 0
         with nogil:
             finite = self._input(source, norm, eps, offset, normed, &gate.about, rest, &token)
             if finite:
                 start = now_ns()
-                for worker in prange(self.n_threads, num_threads=self.n_threads, schedule='static', chunksize=1):
-                    self._gate_share(&gate.about, &up.about, &token, worker, gate_sums, up_sums, gated, kind)
+                if listed is not None:
+                    up_done = self._gate_listed(listed, &gate.about, &up.about, &token, gate_sums, up_sums, gated, more)
+                if not up_done:
+                    for worker in prange(self.n_threads, num_threads=self.n_threads, schedule='static', chunksize=1):
+                        self._gate_share(&gate.about, &up.about, &token, worker, gate_sums, up_sums, gated, kind,
+                                         listed is None)
                 self.product_ns += now_ns() - start
                 finite = self._input(gated, inner, eps, offset, normed, &down.about, rest, &token)
-            if finite:
+            if finite and (listed is None or not self._down_listed(listed, &down.about, &token, source, target, more)):
                 self._project_shares(&down.about, 1, &token, &down_sums, source, &target)
         free(memory)
         if not finite:
@@ -394,13 +470,93 @@ cdef class Steps:
         return y
 
     cdef void _gate_share(self, const matrix_t* gate, const matrix_t* up, const input_t* token, Py_ssize_t worker,
-                          int* gate_sums, int* up_sums, float* gated, int kind) noexcept nogil:
+                          int* gate_sums, int* up_sums, float* gated, int kind, bint with_gate) noexcept nogil:
         cdef Py_ssize_t first, count
-        self._share(gate, token, worker, gate_sums, &first)
+        if with_gate:  # else its sums are there
+            self._share(gate, token, worker, gate_sums, &first)
         count = self._share(up, token, worker, up_sums, &first)
         if count > 0:
             self.call.gate(gate_sums + first, up_sums + first, gated + first, count, token.scale * gate.scale,
                            token.scale * up.scale, kind)
+
+    cdef Py_ssize_t _listed_bytes(self, ListedRows listed) noexcept nogil:
+        # A list and its sums; then a token of int8, or for each thread scratch and sums of a row; 63 to align those.
+        cdef Py_ssize_t columns = listed.n_blocks * ROW_BLOCK
+        return 8 * listed.ffn + max(columns, 8 * columns * self.n_threads) + 63
+
+    cdef int _gate_listed(self, ListedRows listed, const matrix_t* gate, const matrix_t* up, const input_t* token,
+                          int* gate_sums, int* up_sums, float* gated, char* memory) noexcept nogil:
+        # The gate, and if few of its values are positive the rows of up that they meet. Returns 0 if up is still to do.
+        cdef int* rows = <int*>memory
+        cdef int* sums = rows + listed.ffn
+        cdef signed char* x_q = <signed char*>(sums + listed.ffn)
+        cdef float up_scale = token.scale * up.scale
+        cdef float most = <float>(128 * up.k) * fabsf(up_scale)  # in float32, where it may overflow
+        cdef Py_ssize_t worker, n
+        for worker in prange(self.n_threads, num_threads=self.n_threads, schedule='static', chunksize=1):
+            self._gate_only(gate, token, worker, gate_sums)
+        n = list_positive(gate_sums, listed.ffn, token.scale * gate.scale, rows)
+        listed.tokens += 1
+        listed.up_rows += n
+        # Where a row could overflow, the dense product sees whether one does, counting or not.
+        if n > listed.up_most or not most < INFINITY:
+            return 0
+        listed.up_listed += 1
+        listed.read_bytes += n * listed.stride
+        x_q += -<Py_ssize_t>x_q & 63  # on a cache line, as dotrows likes it
+        memcpy(x_q, token.x_q, listed.k)
+        memset(x_q + listed.k, 0, listed.n_blocks * ROW_BLOCK - listed.k)
+        for worker in prange(self.n_threads, num_threads=self.n_threads, schedule='static', chunksize=1):
+            self._up_rows(listed, worker, rows, n, x_q, token.sum, sums, up_sums, gate_sums, gated,
+                          token.scale * gate.scale, up_scale)
+        return 1
+
+    cdef void _gate_only(self, const matrix_t* gate, const input_t* token, Py_ssize_t worker, int* sums) noexcept nogil:
+        cdef Py_ssize_t first
+        self._share(gate, token, worker, sums, &first)
+
+    cdef void _up_rows(self, ListedRows listed, Py_ssize_t worker, const int* rows, Py_ssize_t n, const signed char* x_q,
+                       int x_sum, int* sums, int* up_sums, const int* gate_sums, float* gated, float gate_scale,
+                       float up_scale) noexcept nogil:
+        # One thread's part of the list, and the rows from its first up to the next part's.
+        cdef Py_ssize_t start = n * worker // self.n_threads, end = n * (worker + 1) // self.n_threads, i
+        cdef Py_ssize_t first = rows[start] if worker and start < n else (listed.ffn if worker else 0)
+        cdef Py_ssize_t last = rows[end] if end < n else listed.ffn
+        memset(up_sums + first, 0, (last - first) * sizeof(int))
+        if end > start:
+            listed.dot(<const unsigned char*>listed.held_up.buffer.buf, listed.stride, rows + start, end - start, x_q,
+                       listed.n_blocks, x_sum, sums + start)
+        for i in range(start, end):
+            up_sums[rows[i]] = sums[i]
+        if last > first:
+            self.call.gate(gate_sums + first, up_sums + first, gated + first, last - first, gate_scale, up_scale,
+                           ACTIVATE_RELU2)
+
+    cdef int _down_listed(self, ListedRows listed, const matrix_t* down, const input_t* token, const float* x, float* y,
+                          char* memory) noexcept nogil:
+        # y = x + the columns of down whose activation is not zero. Returns 0 if they are too many.
+        cdef int* rows = <int*>memory
+        cdef int* sums = rows + listed.ffn
+        cdef Py_ssize_t n = list_nonzero(token.x_q, listed.ffn, rows), size = listed.n_blocks * ROW_BLOCK, worker, j
+        cdef double start
+        listed.down_rows += n
+        if n > listed.down_most:
+            return 0
+        listed.down_listed += 1
+        listed.read_bytes += n * listed.stride
+        start = now_ns()
+        sums = <int*>(<char*>sums + (-<Py_ssize_t>sums & 63))
+        for worker in prange(self.n_threads, num_threads=self.n_threads, schedule='static', chunksize=1):
+            listed.add(<const unsigned char*>listed.held_down.buffer.buf, listed.stride,
+                       rows + n * worker // self.n_threads,
+                       n * (worker + 1) // self.n_threads - n * worker // self.n_threads, token.x_q, listed.n_blocks,
+                       sums + 2 * worker * size, sums + (2 * worker + 1) * size)
+        for worker in range(1, self.n_threads):
+            for j in range(listed.k):
+                sums[size + j] += sums[(2 * worker + 1) * size + j]
+        self.call.rescale_add(sums + size, x, y, listed.k, token.scale * down.scale)
+        self.product_ns += now_ns() - start
+        return 1
 
     def rotate(self, x, cos, sin):
         """As reference.rope.rotate."""

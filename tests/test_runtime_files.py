@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from safetensors.numpy import save_file
+from test_runtime import BITNET
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from bitnet_ref.commands.bench import bench
@@ -16,7 +18,10 @@ from bitnet_ref.errors import FormatError
 from bitnet_ref.formats import convert
 from bitnet_ref.reference.config import ModelConfig
 from bitnet_ref.reference.model import forward, random_weights, ternary_weights
+from bitnet_ref.runtime import sparse
+from bitnet_ref.runtime.generate import generate
 from bitnet_ref.runtime.load import load
+from bitnet_ref.runtime.model import Model
 from bitnet_ref.runtime.perplexity import perplexity
 from bitnet_ref.runtime.steps import TiedTable
 
@@ -251,12 +256,48 @@ def test_bench_command(folder):
     assert "decode tok/s" in run("bench", "model", folder, "--threads", 1, "--prompt", 2, "--generate", 2).stdout
 
 
+def test_sparse_commands(monkeypatch):
+    """The text is that of the dense model; times of both kinds of steps apart, bytes as they were read."""
+    monkeypatch.setattr(sparse, "SPARSE_FROM", {"up": 2.0, "down": 0.0})
+    taken = []
+    monkeypatch.setattr(
+        Model, "generate", lambda self, *rest, **options: taken.append(self) or generate(self, *rest, **options)
+    )
+    dense = run("generate", "--max-tokens", 12).stdout
+    assert run("generate", "--max-tokens", 12, "--sparse").stdout == dense and len(dense) > 20
+    assert [model.sparse for model in taken] == [False, True]
+    arguments = ("model", packaged_model(), "--threads", 1, "--prompt", 5, "--generate", 4, "--depth", 2, "--sparse")
+    first, second = json.loads(run("bench", *arguments, "--json").stdout)["rows"]
+    assert first["network"] == "dense" and second["network"] == "sparse" and "up_zeros" not in first
+    assert second["up_listed"] == 0 and second["down_listed"] == 1 and 0 < second["up_zeros"] < second["down_zeros"] < 1
+    config = taken[0].config
+    whole = taken[0].weights["model.layers.0.mlp.down_proj.weight"].w_packed.nbytes
+    row_bytes = -(-config.hidden // 320) * 64
+    saved = first["layer_bytes"] - second["layer_bytes"]
+    read = config.ffn * (1 - second["down_zeros"]) * row_bytes
+    assert saved == pytest.approx(config.layers * (whole - read), abs=1)
+    assert first["decode_step_ns"] != second["decode_step_ns"]
+    assert "of the columns of W_down add nothing; 0% and 100%" in run("bench", *arguments).stdout
+
+
+def test_gates_of_a_random_model():
+    """About as many as were asked for are not positive, and a model without the option stays what it was."""
+    model = Model.random(dataclasses.replace(BITNET, ffn=1000), gate_zeros=0.9, sparse=True)
+    model.forward([1])
+    assert model.take_sparse_counts()["up_rows"] == pytest.approx(2 * 100, rel=0.3)
+    with pytest.raises(ValueError, match=r"gate_zeros must lie between 0\.5 and 1, got 0\.4"):
+        Model.random(BITNET, gate_zeros=0.4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("bench", "model"), "exactly one of MODEL and --preset"),
         (("bench", "model", "--preset", "2b4t"), "say --random"),
         (("bench", "model", "--preset", "9b", "--random"), "--preset must be one of"),
+        (("bench", "model", "--preset", "2b4t", "--random", "--sparse", "--peers", "llama.cpp"), "leave out --peers"),
+        (("bench", "model", "--preset", "1bitLLM/bitnet_b1_58-large", "--random", "--sparse"), "sparse needs"),
+        (("bench", "model", packaged_model(), "--gate-zeros", 0.8), "give --preset and --random"),
     ],
 )
 def test_bench_refuses(arguments, message):

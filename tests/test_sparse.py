@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_kernels import POISON, at_offset, guarded
+from test_runtime import CONFIGS, model_of
 
 import bitnet_ref as br
 from bitnet_ref import kernels
 from bitnet_ref._native import rows as native_rows
+from bitnet_ref.commands.model import packaged_model
 from bitnet_ref.measure.sparse_ffn import SPARSITIES, measure_speed
 from bitnet_ref.paper_figures import fig_sparse_ffn
 from bitnet_ref.reference import sparse
@@ -18,6 +22,9 @@ from bitnet_ref.reference.mlp import activate
 from bitnet_ref.reference.norm import rms_norm
 from bitnet_ref.reference.packing import ROW_SCHEMES, PackedTernary, get_scheme
 from bitnet_ref.reference.quantize import quantize_activations
+from bitnet_ref.runtime import sparse as runtime_sparse
+from bitnet_ref.runtime.load import load
+from bitnet_ref.runtime.steps import TernaryLayer, load_steps, step_isas
 
 SHAPES = [(1, 1), (3, 319), (4, 320), (5, 321), (33, 645), (70, 2560)]
 
@@ -260,6 +267,152 @@ def test_the_feed_forward_network_is_the_same_to_the_bit(sparsity):
     np.testing.assert_array_equal(h_q, dense_q)
     assert h_scale.tobytes() == dense_scale.tobytes()
     assert (sums.astype(np.float32) * (h_scale * down_scale)).tobytes() == dense.tobytes()
+
+
+# --- the runtime ----------------------------------------------------------------------------------------------------
+
+RELU2 = dataclasses.replace(CONFIGS["bitnet"], hidden=330, ffn=700)
+LIMITS = {"always": (0.0, 0.0), "never": (2.0, 2.0), "up": (0.0, 2.0), "down": (2.0, 0.0), "by token": None}
+
+
+def set_limits(monkeypatch, up, down):
+    monkeypatch.setattr(runtime_sparse, "SPARSE_FROM", {"up": up, "down": down})
+
+
+def decoded(model, prompt, n):
+    """The logits of n tokens after a prompt, each step of one token."""
+    cache = model.new_cache(len(prompt) + n)
+    steps = [model.prefill(prompt, cache)]
+    for _ in range(n):
+        steps.append(model.forward([int(np.argmax(steps[-1][-1]))], cache))
+    return np.concatenate(steps)
+
+
+@pytest.mark.parametrize("isa", step_isas())
+@pytest.mark.parametrize("limits", LIMITS)
+@pytest.mark.parametrize("which", ["packaged", "base3", "tl2"])
+def test_a_sparse_model_has_the_logits_of_the_dense_one_to_the_bit(monkeypatch, which, limits, isa):
+    """And leaves rows out where the limits say so: all layers and tokens, none, or some of them."""
+    monkeypatch.setenv("BITNET_REF_ISA", isa)
+
+    def model_with(limits):
+        set_limits(monkeypatch, *limits)
+        if which == "packaged":
+            return load(packaged_model(), n_threads=2, sparse=True)
+        return model_of(RELU2, scheme=which, n_threads=3, sparse=True)
+
+    model = model_with(LIMITS[limits] or (0.0, 0.0))
+    if limits == "by token":  # means lie between the least and the most
+        decoded(model, [1, 2, 3], 8)
+        counts = model.take_sparse_counts()
+        rows = counts["tokens"] * model.config.ffn
+        model = model_with((1 - counts["up_rows"] / rows, 1 - counts["down_rows"] / rows))
+    expected_logits = decoded(model.dense(), [1, 2, 3], 8)
+    assert model.sparse and not model.dense().sparse and not any(model.take_sparse_counts().values())
+    assert decoded(model, [1, 2, 3], 8).tobytes() == expected_logits.tobytes()
+    counts = model.take_sparse_counts()
+    tokens, ffn = 8 * model.config.layers, model.config.ffn
+    assert counts["tokens"] == tokens and 0 < counts["down_rows"] < counts["up_rows"] < tokens * ffn
+    listed = counts["up_listed"], counts["down_listed"]
+    if limits == "by token":
+        assert all(0 < n < tokens for n in listed)
+    else:
+        assert listed == tuple(tokens if limit == 0 else 0 for limit in LIMITS[limits])
+    if limits == "always":
+        row_bytes = -(-model.config.hidden // 320) * 64
+        assert counts["read_bytes"] == row_bytes * (counts["up_rows"] + counts["down_rows"])
+    assert (counts["read_bytes"] > 0) == any(listed)
+
+
+def test_threads_share_the_rows_and_change_nothing(monkeypatch):
+    set_limits(monkeypatch, 0.0, 0.0)
+    model = model_of(RELU2, n_threads=1, sparse=True)
+    expected_logits = decoded(model.dense(), [5], 4)
+    for n_threads in (1, 2, 7, 64):
+        assert decoded(model.with_threads(n_threads), [5], 4).tobytes() == expected_logits.tobytes()
+    assert model.take_sparse_counts()["up_listed"] == 4 * 5 * model.config.layers
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("positive", [0, 1, 2, 160])
+def test_few_and_all_gates(positive, sign):
+    """Lists shorter than the threads are many, empty and full ones, and a scale below zero."""
+    rng = np.random.default_rng(7)
+    ops = load_steps(3)
+    x = np.abs(rng.standard_normal((1, 96), np.float32)) + 1
+    w_gate = np.full((160, 96), -sign, np.int8)
+    w_gate[rng.permutation(160)[:positive]] *= -1
+    matrices, listed = network(rng, w_gate, rng.integers(-1, 2, (160, 96), np.int8), gate_scale=0.01 * sign)
+    weight, inner = np.ones(96, np.float32), rng.standard_normal(160, np.float32)
+    dense = ops.feed_forward(x, weight, inner, 1e-5, 0.0, *matrices, "relu2")
+    assert ops.feed_forward(x, weight, inner, 1e-5, 0.0, *matrices, "relu2", listed).tobytes() == dense.tobytes()
+    counts = listed.take_counts()
+    assert counts["up_rows"] == positive and counts["up_listed"] == counts["down_listed"] == 1
+    assert (dense != x).any() == (positive > 0)
+
+
+def test_a_row_that_overflows_is_seen_though_it_does_not_count():
+    rng = np.random.default_rng(8)
+    ops = load_steps(1)
+    x = np.abs(rng.standard_normal((1, 96), np.float32)) + 1
+    w_gate = np.where(np.arange(160) % 2, 1, -1).astype(np.int8)[:, None].repeat(96, 1)
+    w_up = np.where(w_gate > 0, 0, 1).astype(np.int8)  # only where the gate is negative
+    weight, inner = np.ones(96, np.float32), np.ones(160, np.float32)
+    for up_scale, finite in ((1e33, True), (1e38, False)):
+        matrices, listed = network(rng, w_gate, w_up, up_scale=up_scale)
+        for rows in (None, listed):
+            if finite:
+                ops.feed_forward(x, weight, inner, 1e-5, 0.0, *matrices, "relu2", rows)
+            else:
+                with pytest.raises(ValueError, match="x must be finite"):
+                    ops.feed_forward(x, weight, inner, 1e-5, 0.0, *matrices, "relu2", rows)
+        assert listed.take_counts()["up_listed"] == finite
+
+
+def network(rng, w_gate, w_up, gate_scale=0.01, up_scale=0.01):
+    """The three matrices of a network, and its rows, always read by lists."""
+    w_down = rng.integers(-1, 2, w_up.shape[::-1], np.int8)
+    ops = load_steps(1)
+    layers = [
+        TernaryLayer(br.pack(w, "base3"), np.float32(scale), ops, 1)
+        for w, scale in ((w_gate, gate_scale), (w_up, up_scale), (w_down, 0.01))
+    ]
+    dot, add = (kernels.select(op, "base3r").capsules()[0] for op in ("dotrows", "addrows"))
+    by_rows = [br.pack(np.ascontiguousarray(w), "base3r").data for w in (w_up, w_down.T)]
+    listed = runtime_sparse.ListedRows(dot, add, *by_rows, w_up.shape[1], len(w_up), len(w_up))
+    return [layer.matrix for layer in layers], listed
+
+
+def test_other_tokens_are_dense(monkeypatch):
+    """Prompts, batches and traces read all rows."""
+    set_limits(monkeypatch, 0.0, 0.0)
+    model = model_of(RELU2, sparse=True)
+    model.logits([1, 2, 3])
+    model.generate([[1], [2, 3]], 3, stream=False)
+    assert model.take_sparse_counts()["tokens"] == model.config.layers, "the prompt of one token alone"
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        (CONFIGS["swiglu"], "ternary one of silu without SubLN$"),
+        (CONFIGS["gemma"], "ternary one of gelu_tanh with SubLN and a norm behind it$"),
+        (dataclasses.replace(RELU2, ternary=False), "full-precision one of relu2 with SubLN$"),
+    ],
+    ids=["swiglu", "gemma", "full precision"],
+)
+def test_other_networks_are_refused(config, found):
+    with pytest.raises(ValueError, match=f"sparse needs a ternary feed-forward network of squared ReLU.* {found}"):
+        runtime_sparse.check_sparse(config)
+    if config.ternary:
+        with pytest.raises(ValueError, match="sparse needs"):
+            model_of(config, sparse=True)
+
+
+def test_rows_lie_at_the_beginning_of_a_huge_page():
+    for shape in ((1,), (3, 2, 1 << 20)):
+        array = runtime_sparse.huge_array(shape)
+        assert array.shape == shape and array.dtype == np.uint8 and array.ctypes.data % (1 << 21) == 0
 
 
 # --- the measurement ------------------------------------------------------------------------------------------------

@@ -37,6 +37,9 @@ head_option = click.option(
 cache_option = click.option(
     "--cache", type=click.Choice(("f32", "f16")), default="f32", show_default=True, help="How keys and values are kept."
 )
+sparse_option = click.option(
+    "--sparse", is_flag=True, help="Leave out rows that add nothing: squared ReLU with SubLN only; the same values."
+)
 threads_option = click.option("--threads", type=click.IntRange(min=1), help="Threads; all processors by default.")
 quantize_option = click.option("--quantize", is_flag=True, help="Round linear layers that are not ternary, by absmean.")
 layout_option = click.option(
@@ -79,6 +82,7 @@ def open_model(path: Path | None, options: dict[str, Any]) -> Any:
     from bitnet_ref.runtime.load import load
 
     arguments = {key: options.pop(key) for key in ("scheme", "head", "cache", "quantize", "layout")}
+    arguments["sparse"] = options.pop("sparse", False)
     arguments |= {"n_threads": options.pop("threads"), "convention": options.pop("scale_convention")}
     path = packaged_model() if path is None else path
     with bar() as progress:
@@ -103,6 +107,7 @@ def packaged_model() -> Path:
 @click.command()
 @click.argument("model", type=MODEL, required=False)
 @click.option("--prompt", default="", help="Text to continue; without it the begin-of-text token alone.")
+@sparse_option
 @model_options
 @sampling_options
 @json_option
@@ -358,6 +363,12 @@ def bench() -> None:
     help="Also time steps with so many tokens before them.",
 )
 @click.option("--peers", help="With a preset: also llama.cpp,ik_llama.cpp, each in a process of its own.")
+@sparse_option
+@click.option(
+    "--gate-zeros",
+    type=click.FloatRange(0.5, 1),
+    help="With --random: about this share of the gates is not positive.  [default: half]",
+)
 @scheme_option
 @head_option
 @cache_option
@@ -373,10 +384,14 @@ def bench_model(
     n_generate: int,
     depths: tuple[int, ...],
     peers: str | None,
+    gate_zeros: float | None,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Tokens per second of a model, reading and writing apart, and its share of the machine's read bandwidth."""
+    """Tokens per second of a model, reading and writing apart, and its share of the machine's read bandwidth.
+
+    With --sparse dense steps and sparse ones take turns, and each has a row.
+    """
     from bitnet_ref.measure.model_bench import measure_model
     from bitnet_ref.measure.record import record
     from bitnet_ref.reference.config import PRESETS
@@ -386,6 +401,10 @@ def bench_model(
         raise ValueError("exactly one of MODEL and --preset must be given")
     if peers and preset is None:
         raise ValueError("--peers compares models of random weights: give --preset and --random")
+    if peers and (options["sparse"] or gate_zeros is not None):
+        raise ValueError("--sparse and --gate-zeros are for this program alone, leave out --peers")
+    if gate_zeros is not None and preset is None:
+        raise ValueError("--gate-zeros makes up weights: give --preset and --random")
     if preset is not None:
         if not random_weights:
             raise ValueError("a preset has no weights; say --random to have them made up")
@@ -396,7 +415,7 @@ def bench_model(
             _bench_beside_peers(matches[0], peers, threads, n_prompt, n_generate, as_json, options)
             return
         options.pop("quantize")
-        loaded = Model.random(PRESETS[matches[0]], 0, **options)
+        loaded = Model.random(PRESETS[matches[0]], 0, gate_zeros=gate_zeros, **options)
         what = f"{matches[0]}, random weights"
     else:
         loaded = open_model(model, {**options, "threads": None, "layout": None, "scale_convention": None})
@@ -414,7 +433,8 @@ def bench_model(
     if as_json:
         words = ["bitnet-ref", "bench", "model", *([str(model.name)] if model else ["--preset", preset, "--random"])]
         words += [f"--threads={n}" for n in threads] + [f"--prompt={n_prompt}", f"--generate={n_generate}"]
-        words += [f"--depth={depth}" for depth in depths]
+        words += [f"--depth={depth}" for depth in depths] + ["--sparse"] * options["sparse"]
+        words += [] if gate_zeros is None else [f"--gate-zeros={gate_zeros}"]
         words += [f"--scheme={options['scheme']}", f"--head={options['head']}", f"--cache={options['cache']}"]
         emit({"record": record(shlex.join(words)), "model": what, **options, "rows": rows})
         return
@@ -423,6 +443,7 @@ def bench_model(
     table = Table(box=None, header_style="bold")
     columns = {
         "threads": lambda r: str(r["threads"]),
+        **({"network": lambda r: r["network"]} if options["sparse"] else {}),
         "prompt tok/s": lambda r: f"{r['prefill_tokens_per_s']:.1f}",
         "decode tok/s": lambda r: f"{r['decode_tokens_per_s']:.1f}",
         "MB/token": lambda r: f"{r['bytes_per_token'] / 1e6:.1f}",
@@ -442,6 +463,13 @@ def bench_model(
         table.add_row(*(show(row) for show in columns.values()))
     console.print(table)
     for row in rows:
+        if row.get("network") == "sparse":
+            console.print(
+                f"{row['threads']} thread(s), sparse: {row['up_zeros']:.0%} of the rows of W_up and "
+                f"{row['down_zeros']:.0%} of the columns of W_down add nothing; {row['up_listed']:.0%} and "
+                f"{row['down_listed']:.0%} of these matrices were read by lists",
+                highlight=False,
+            )
         for at in row["depths"]:
             console.print(
                 f"{row['threads']} thread(s), {at['depth']:,} tokens before: {at['decode_step_ns'] / 1e6:.1f} ms, "

@@ -10,6 +10,8 @@ Method
   so far. That over the time of a step, as a share of the probe, is ``read_bandwidth_fraction``.
 - In further steps every compiled call is timed from outside, and products inside of fused steps from within. What
   remains of a step beside compiled calls is Python: ``python_fraction``. The timers themselves count as Python.
+- Of a sparse model, dense and sparse steps take turns on the same tokens, and in being the first. Their logits must be
+  the same. Bytes of sparse steps are those of the rows that were read.
 - Depths of context are made, not read: keys and values are drawn at random, since time does not depend on their values.
 - The peak of resident memory is taken before the array of the read probe exists.
 """
@@ -57,17 +59,20 @@ def measure_model(
 
     Returns
     -------
-    list of dict, one for each entry of `threads`
+    list of dict, one for each entry of `threads`; of a sparse model two, whose ``network`` is ``dense`` and ``sparse``
         kind, threads, n_prompt, n_generate, prefill_tokens_per_s, decode_tokens_per_s, decode_step_ns (median),
         low_ns, high_ns (quartiles), layer_bytes, head_bytes, cache_bytes (read by a step, mean), bytes_per_token,
         read_bandwidth_bytes_per_s, read_bandwidth_fraction, python_fraction, product_fraction, head_fraction,
         attention_fraction, other_fraction, peak_resident_bytes, depths: list of dict with depth, decode_step_ns and the
-        five fractions.
+        five fractions. ``sparse`` rows have up_zeros, down_zeros (share of rows of W_up and columns of W_down that add
+        nothing), up_listed and down_listed (share of these matrices that were read by lists).
 
     Raises
     ------
     ValueError
         If a number is below 1 or the tokens exceed the context.
+    RuntimeError
+        If sparse logits differ from dense ones.
     """
     if n_prompt < 1 or n_generate < 1 or n_prompt + n_generate > model.config.context:
         raise ValueError(
@@ -95,45 +100,76 @@ def measure_model(
             cache.length = n_prompt
             peak = peak_resident_bytes()
             words = np.ones(_PROBE_BYTES // 8, np.uint64)
-        steps, probes = [], []
+        networks = {"dense": model.dense(), "sparse": model} if model.sparse else {"dense": model}
+        runners = {name: network.with_threads(n_threads) for name, network in networks.items()}
+        steps: dict[str, list[int]] = {name: [] for name in networks}
+        probes = []
+        model.take_sparse_counts()
         for i in range(n_generate):
             report(f"{n_threads} thread(s), token {i + 1}", (index + (i + 1) / n_generate) / len(threads))
-            token = [int(np.argmax(logits[-1]))]
-            start = time.perf_counter_ns()
-            logits = runner.forward(token, cache)
-            steps.append(time.perf_counter_ns() - start)
+            token, found = [int(np.argmax(logits[-1]))], {}
+            for name in list(networks)[:: 1 if i % 2 else -1]:
+                cache.length = n_prompt + i
+                start = time.perf_counter_ns()
+                found[name] = runners[name].forward(token, cache)
+                steps[name].append(time.perf_counter_ns() - start)
+            logits = found["dense"]
+            if any(other.tobytes() != logits.tobytes() for other in found.values()):
+                raise RuntimeError("the logits of a sparse step differ from those of the dense one")
             if i % 4 == 0:
                 start = time.perf_counter_ns()
                 kernels.read_all(words, n_threads)
                 probes.append(time.perf_counter_ns() - start)
-        low, median, high = np.percentile(steps, (25, 50, 75))
-        read_bytes = model.bytes_per_token()
+        counts = model.take_sparse_counts()
         cache_bytes = int(model.cache_bytes_per_token() * (n_prompt + (n_generate + 1) / 2))
-        total_bytes = sum(read_bytes.values()) + cache_bytes
         bandwidth = _PROBE_BYTES / float(np.median(probes)) * 1e9
-        rows.append(
-            {
-                "kind": "measured",
-                "threads": n_threads,
-                "n_prompt": n_prompt,
-                "n_generate": n_generate,
-                "prefill_tokens_per_s": n_prompt / prefill_ns * 1e9,
-                "decode_tokens_per_s": 1e9 / float(median),
-                "decode_step_ns": float(median),
-                "low_ns": float(low),
-                "high_ns": float(high),
-                "layer_bytes": read_bytes["layers"],
-                "head_bytes": read_bytes["head"],
-                "cache_bytes": cache_bytes,
-                "bytes_per_token": total_bytes,
-                "read_bandwidth_bytes_per_s": bandwidth,
-                "read_bandwidth_fraction": total_bytes / float(median) * 1e9 / bandwidth,
-                **_shares(model, n_threads, cache),
-                "peak_resident_bytes": peak,
-                "depths": [_at_depth(model, n_threads, depth) for depth in depths],
-            }
-        )
+        for name, network in networks.items():
+            low, median, high = np.percentile(steps[name], (25, 50, 75))
+            read_bytes = model.bytes_per_token()
+            if name == "sparse":
+                read_bytes["layers"] -= _saved_bytes(model, counts)
+            total_bytes = sum(read_bytes.values()) + cache_bytes
+            rows.append(
+                {
+                    "kind": "measured",
+                    "threads": n_threads,
+                    "n_prompt": n_prompt,
+                    "n_generate": n_generate,
+                    "prefill_tokens_per_s": n_prompt / prefill_ns * 1e9,
+                    "decode_tokens_per_s": 1e9 / float(median),
+                    "decode_step_ns": float(median),
+                    "low_ns": float(low),
+                    "high_ns": float(high),
+                    "layer_bytes": read_bytes["layers"],
+                    "head_bytes": read_bytes["head"],
+                    "cache_bytes": cache_bytes,
+                    "bytes_per_token": total_bytes,
+                    "read_bandwidth_bytes_per_s": bandwidth,
+                    "read_bandwidth_fraction": total_bytes / float(median) * 1e9 / bandwidth,
+                    **_shares(network, n_threads, cache),
+                    "peak_resident_bytes": peak,
+                    "depths": [_at_depth(network, n_threads, depth) for depth in depths],
+                    **({"network": name} if model.sparse else {}),
+                    **(_zeros(model, counts) if name == "sparse" else {}),
+                }
+            )
     return rows
+
+
+def _zeros(model: Model, counts: dict[str, int]) -> dict[str, float]:
+    """Of all blocks and tokens, shares of rows that add nothing, and of matrices that were read by lists."""
+    tokens = counts["tokens"]
+    shares = {f"{part}_zeros": 1 - counts[f"{part}_rows"] / (tokens * model.config.ffn) for part in ("up", "down")}
+    return shares | {f"{part}_listed": counts[f"{part}_listed"] / tokens for part in ("up", "down")}
+
+
+def _saved_bytes(model: Model, counts: dict[str, int]) -> int:
+    """Bytes that a step reads less than a dense one: whole matrices less the rows that are read in their place."""
+    whole = sum(
+        counts[f"{part}_listed"] * model.weights[f"model.layers.0.mlp.{part}_proj.weight"].w_packed.nbytes
+        for part in ("up", "down")
+    )
+    return (whole - counts["read_bytes"]) * model.config.layers // counts["tokens"]
 
 
 def _at_depth(model: Model, n_threads: int, depth: int) -> dict[str, object]:

@@ -27,11 +27,11 @@ from bitnet_ref.reference.packing import PackedTernary, pack
 from bitnet_ref.reference.packing.base import freeze
 from bitnet_ref.reference.quantize import quantize_activations
 from bitnet_ref.runtime.load import load
+from bitnet_ref.runtime.sparse import huge_array
 
 __all__ = ["SPARSITIES", "measure_model", "measure_speed"]
 
 SPARSITIES = (0.0, 0.25, 0.5, 0.7, 0.8, 0.85, 0.9, 0.95)
-HUGE_PAGE = 1 << 21
 _LISTS = 29  # of rows for each sparsity: with 12 copies of the weights, 348 calls until rows come again
 
 
@@ -111,14 +111,8 @@ def _best(op: str, scheme: str, cap: str) -> kernels.Kernel:
 
 
 def _copies(rng: np.random.Generator, packed: PackedTernary, copies: int) -> list[PackedTernary]:
-    """The bytes, and others that are as many weights, in one array at the beginning of a huge page.
-
-    NumPy asks for huge pages for arrays of 4 MiB and more. A list of rows misses nearly every small page: with a matrix
-    in an array of its own, below that size, products with listed rows take 1.7 times as long.
-    """
-    raw = np.empty(copies * packed.nbytes + HUGE_PAGE, np.uint8)
-    start = -raw.ctypes.data % HUGE_PAGE
-    data = raw[start : start + copies * packed.nbytes].reshape(copies, *packed.data.shape)
+    """The bytes, and others that are as many weights, in one array on huge pages."""
+    data = huge_array((copies, *packed.data.shape))
     data[0] = packed.data
     for other in data[1:]:
         other[...] = rng.integers(0, 243, other.shape, np.uint8)

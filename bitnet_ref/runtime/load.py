@@ -15,6 +15,7 @@ from bitnet_ref.reference.config import ModelConfig, canonical_name
 from bitnet_ref.reference.head import TABLE_TYPES, FloatTable
 from bitnet_ref.reference.packing import get_scheme
 from bitnet_ref.runtime.model import EMBEDDING, HEAD, Model, head_type
+from bitnet_ref.runtime.sparse import check_sparse
 from bitnet_ref.runtime.steps import TiedTable
 from bitnet_ref.runtime.tokenizer import tokenizer_from_checkpoint
 
@@ -30,6 +31,7 @@ def load(
     n_threads: int | None = None,
     *,
     cache: str = "f32",
+    sparse: bool = False,
     quantize: bool = False,
     layout: str | None = None,
     convention: str | None = None,
@@ -49,6 +51,8 @@ def load(
         None: all processors that the process may use.
     cache : {"f32", "f16"}
         How keys and values are kept.
+    sparse : bool
+        As in :class:`bitnet_ref.runtime.model.Model`; for networks of squared ReLU with SubLN.
     quantize, layout, convention
         As in :func:`bitnet_ref.formats.open_checkpoint`.
     progress : callable(done, total, name), optional
@@ -74,6 +78,8 @@ def load(
     asked = True if quantize and "quantization_config" not in checkpoint.config else None
     config = ModelConfig.from_hf(checkpoint.config, names, ternary=asked)
     config.check_names(names)
+    if sparse:
+        check_sparse(config)
     weights: dict[str, Any] = {}
     for done, entry in enumerate(checkpoint.entries.values(), 1):
         name, tensor = canonical_name(entry.name), entry.load()
@@ -91,7 +97,7 @@ def load(
     assets = set(checkpoint.assets)
     has_tokenizer = "tokenizer.ggml.model" in checkpoint.gguf_metadata or assets & {"tokenizer.json", "tokenizer.model"}
     tokenizer = tokenizer_from_checkpoint(checkpoint) if has_tokenizer else None
-    return Model(config, weights, n_threads=n_threads, tokenizer=tokenizer, cache=cache)
+    return Model(config, weights, n_threads=n_threads, tokenizer=tokenizer, cache=cache, sparse=sparse)
 
 
 def _floats(path: Any, tensor: FloatTensor, must_be_ternary: bool) -> np.ndarray:

@@ -17,6 +17,7 @@ from bitnet_ref.reference.config import ModelConfig
 from bitnet_ref.reference.head import TABLE_TYPES, FloatTable
 from bitnet_ref.reference.model import Steps, forward
 from bitnet_ref.reference.packing import PackedTernary, get_scheme, pack
+from bitnet_ref.runtime.sparse import check_sparse, listed_rows
 from bitnet_ref.runtime.steps import TernaryLayer, TiedTable, apply_layer, compiled_steps, load_steps, plain_head
 from bitnet_ref.runtime.tokenizer import Tokenizer
 
@@ -85,13 +86,17 @@ class Model:
         Needed for prompts and answers in text.
     cache : {"f32", "f16"}
         How keys and values are kept; see docs/runtime.md for what f16 costs.
+    sparse : bool
+        Decode single tokens without the rows of W_up and columns of W_down that add nothing: the same values, for
+        W_up and W_down a second time in memory. See docs/sparse.md.
     isa : str, optional
         Instruction set of the steps, for tests.
 
     Raises
     ------
     ValueError
-        If names or shapes are not those of the network, or an argument has no such value.
+        If names or shapes are not those of the network, or an argument has no such value; if sparse, also if the
+        network is none of squared ReLU with SubLN.
     KernelUnavailable
         If this build has no kernel for a packing.
     """
@@ -104,10 +109,13 @@ class Model:
         n_threads: int | None = None,
         tokenizer: Tokenizer | None = None,
         cache: str = "f32",
+        sparse: bool = False,
         isa: str | None = None,
     ) -> None:
         if cache not in _CACHES:
             raise ValueError(f"cache must be f32 or f16, got {cache!r}")
+        if sparse:
+            check_sparse(config)
         config.check_names(weights)
         self.config = config
         self.tokenizer = tokenizer
@@ -115,11 +123,12 @@ class Model:
         self._cache_dtype = _CACHES[cache]
         self._isa = isa
         self._ops: Any = load_steps(n_threads, isa)
-        self.steps = compiled_steps(self._ops)
         self.linear: Callable[[np.ndarray, Any], np.ndarray] = apply_layer
         self.weights = {
             name: self._prepared(name, weights[name], shape) for name, shape in config.tensor_shapes().items()
         }
+        self._listed = listed_rows(config, self.weights) if sparse else None
+        self.steps = compiled_steps(self._ops, self._listed)
 
     def _prepared(self, name: str, weight: Any, shape: tuple[int, ...]) -> Any:
         """A weight as the network takes it."""
@@ -161,7 +170,13 @@ class Model:
 
     @classmethod
     def random(
-        cls, config: ModelConfig, seed: int = 0, scheme: str = "base3", head: str = "q8_0", **options: Any
+        cls,
+        config: ModelConfig,
+        seed: int = 0,
+        scheme: str = "base3",
+        head: str = "q8_0",
+        gate_zeros: float | None = None,
+        **options: Any,
     ) -> Model:
         """A model of random weights, made tensor by tensor: beside itself it needs the memory of one matrix.
 
@@ -173,11 +188,18 @@ class Model:
         config : ModelConfig
         seed : int
         scheme, head : as in :func:`bitnet_ref.runtime.load`
+        gate_zeros : float, optional
+            About this share of the gates is not positive, at least 0.5: enough rows of W_gate are zeros. By themselves
+            random gates are positive half of the time, trained ones of squared ReLU more seldom.
         **options
             Of :class:`Model`.
         """
         if not config.ternary:
             raise ValueError("a random model must be ternary, this config is of a full-precision network")
+        if options.get("sparse"):
+            check_sparse(config)  # before anything is drawn
+        if gate_zeros is not None and not 0.5 <= gate_zeros <= 1:
+            raise ValueError(f"gate_zeros must lie between 0.5 and 1, got {gate_zeros}")
         stored, rng = head_type(head), np.random.default_rng(seed)
         get_scheme(scheme)
         weights: dict[str, Any] = {}
@@ -190,6 +212,8 @@ class Model:
                 weights[name] = _encoded(name, drawn, shape, stored)
             else:
                 w_q = rng.integers(-1, 2, shape, np.int8)
+                if gate_zeros is not None and name.endswith(".mlp.gate_proj.weight"):
+                    w_q[rng.permutation(shape[0])[: round(shape[0] * (2 * gate_zeros - 1))]] = 0
                 weights[name] = (pack(w_q, scheme), np.float32((1.5 / shape[1]) ** 0.5))
         return cls(config, weights, **options)
 
@@ -218,7 +242,7 @@ class Model:
             names = [name for name in dir(ops) if not name.startswith("_") and name != "take_product_ns"]
             other._ops = SimpleNamespace(**{name: wrap(name, getattr(ops, name)) for name in names})
             other.take_product_ns = ops.take_product_ns
-        other.steps = compiled_steps(other._ops)
+        other.steps = compiled_steps(other._ops, self._listed)
         other.weights = {
             name: TernaryLayer(w.w_packed, w.w_scale, other._ops, other.n_threads, wrap)
             if isinstance(w, TernaryLayer)
@@ -226,6 +250,27 @@ class Model:
             for name, w in self.weights.items()
         }
         return other
+
+    @property
+    def sparse(self) -> bool:
+        """Whether rows that add nothing are left out."""
+        return self._listed is not None
+
+    def dense(self) -> Model:
+        """The same weights, not copied; reads all rows."""
+        other = copy.copy(self)
+        other._listed = None
+        other.steps = compiled_steps(other._ops)
+        return other
+
+    def take_sparse_counts(self) -> dict[str, int]:
+        """Of a sparse model, what its networks counted since this was asked last, summed over blocks.
+
+        tokens (times blocks); up_rows, down_rows: rows and columns that counted; up_listed, down_listed: how often they
+        were read singly; read_bytes: the bytes of those rows.
+        """
+        counts = [rows.take_counts() for rows in (self._listed or {}).values()]
+        return {name: sum(count[name] for count in counts) for name in counts[0]} if counts else {}
 
     def with_steps(self, steps: Steps) -> Model:
         """The same weights, not copied, with other steps between the matrices."""

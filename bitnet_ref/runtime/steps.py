@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from bitnet_ref import kernels
 from bitnet_ref._native import _table
 from bitnet_ref._native import matmul as _matmul
-from bitnet_ref._native.decoder_ops import Matrix
+from bitnet_ref._native.decoder_ops import ListedRows, Matrix
 from bitnet_ref._native.decoder_ops import Steps as CompiledSteps
 from bitnet_ref.errors import KernelUnavailable
 from bitnet_ref.kernels import ISAS
@@ -30,7 +30,16 @@ from bitnet_ref.reference.model import Block, Steps
 from bitnet_ref.reference.model import linear as reference_linear
 from bitnet_ref.reference.packing import PackedTernary, get_scheme
 
-__all__ = ["TernaryLayer", "TiedTable", "apply_layer", "compiled_steps", "load_steps", "plain_head", "step_isas"]
+__all__ = [
+    "ListedRows",
+    "TernaryLayer",
+    "TiedTable",
+    "apply_layer",
+    "compiled_steps",
+    "load_steps",
+    "plain_head",
+    "step_isas",
+]
 
 
 def step_isas() -> tuple[str, ...]:
@@ -61,8 +70,16 @@ def load_steps(n_threads: int | None = None, isa: str | None = None) -> Compiled
     return CompiledSteps(_capsule(isa), kernels.resolve_threads(n_threads))
 
 
-def compiled_steps(ops: CompiledSteps) -> Steps:
-    """The compiled steps as :class:`bitnet_ref.reference.model.Steps`."""
+def compiled_steps(ops: CompiledSteps, listed: Mapping[int, ListedRows] | None = None) -> Steps:
+    """The compiled steps as :class:`bitnet_ref.reference.model.Steps`.
+
+    Parameters
+    ----------
+    ops : CompiledSteps
+    listed : mapping of int to ListedRows, optional
+        For a block by its index, the rows of its feed-forward network that may be read singly
+        (:mod:`bitnet_ref.runtime.sparse`).
+    """
 
     def attention(
         q: np.ndarray, k: Any, v: Any, scale: float, window: int | None = None, trace: Any = None
@@ -110,7 +127,8 @@ def compiled_steps(ops: CompiledSteps) -> Steps:
             return network.feed_forward(block, x)
         weight = block.weight("post_attention_layernorm")
         inner = block.weight("mlp.ffn_sub_norm") if config.sub_norm else None
-        return ops.feed_forward(x, weight, inner, config.norm_eps, config.norm_offset, *found, config.activation)
+        rows = None if listed is None else listed[block.index]
+        return ops.feed_forward(x, weight, inner, config.norm_eps, config.norm_offset, *found, config.activation, rows)
 
     return Steps(
         rms_norm=ops.rms_norm,

@@ -35,12 +35,13 @@ cdef extern from "decoder_steps.h" nogil:
         void (*head)(const unsigned char* w, Py_ssize_t row_bytes, Py_ssize_t rows, const float* x, Py_ssize_t x_stride,
                   Py_ssize_t tokens, Py_ssize_t k, float* out, Py_ssize_t out_stride, int type) noexcept nogil
         int (*head_prepare)(const float* x, Py_ssize_t k, int type, char* token) noexcept nogil
-        void (*head_integer)(const unsigned char* w, Py_ssize_t row_bytes, Py_ssize_t rows, const char* x,
-                  Py_ssize_t tokens, Py_ssize_t k, float* out, Py_ssize_t out_stride, int type, char* scratch) noexcept nogil
+        void (*head_integer)(const unsigned char* w, Py_ssize_t group_bytes, Py_ssize_t rows, const char* x,
+                  Py_ssize_t tokens, Py_ssize_t k, float* out, Py_ssize_t out_stride, int type) noexcept nogil
     Py_ssize_t STEP_ATTEND_SCRATCH(Py_ssize_t n, Py_ssize_t d)
     int ACTIVATE_RELU2, ACTIVATE_SILU, ACTIVATE_GELU_TANH
     Py_ssize_t HEAD_TOKEN_BYTES(Py_ssize_t k)
-    Py_ssize_t HEAD_SCRATCH_BYTES(Py_ssize_t k)
+    void head_group_rows(const unsigned char* rows, Py_ssize_t row_bytes, Py_ssize_t count, Py_ssize_t block_bytes,
+                         unsigned char* group)
     int TABLE_F32, TABLE_F16, TABLE_BF16, TABLE_Q8_0, TABLE_Q6_K, TABLE_Q4_0
 
 cdef dict ACTIVATIONS = {"relu2": ACTIVATE_RELU2, "silu": ACTIVATE_SILU, "gelu_tanh": ACTIVATE_GELU_TANH}
@@ -190,6 +191,10 @@ cdef struct input_t:
     const signed char* x_q
     float scale
     int sum
+
+
+cdef enum:
+    GROUP_ROWS = 16  # of a table of integers, see reference/head.py
 
 
 cdef double now_ns() noexcept nogil:
@@ -648,23 +653,19 @@ cdef class Steps:
         return out
 
     def head(self, x, raw, str type_name):
-        """As reference.head.head_logits: x float32 (T, K) times the rows of a stored table, uint8 (V, row bytes)."""
-        if type_name not in TABLES:
-            raise ValueError(f"the type of a head must be one of {', '.join(TABLES)}, got {type_name!r}")
+        """As reference.head.head_logits for a table of floats: x float32 (T, K) times stored rows, uint8 (V, row bytes)."""
         cdef int kind
         cdef Py_ssize_t block, block_bytes
-        kind, block, block_bytes = TABLES[type_name]
+        kind, block, block_bytes = TABLES.get(type_name, (0, 0, 0))
+        if block != 1:
+            raise ValueError(f"the type of stored rows must be F32, F16 or BF16, got {type_name!r}")
         cdef _View a = _contiguous(x, float32, "x", 2), w = _contiguous(raw, uint8, "raw", 2)
         cdef Py_ssize_t tokens = a.size(0), k = a.size(1), vocabulary = w.size(0), row_bytes = w.size(1), t, i, first
         cdef Py_ssize_t padded = (k + 15) // 16 * 16
-        if k % block or row_bytes != k // block * block_bytes:
-            raise ValueError(f"rows of {k} {type_name} values must have {k // block * block_bytes} bytes, "
-                             f"got {row_bytes}")
+        if row_bytes != k * block_bytes:
+            raise ValueError(f"rows of {k} {type_name} values must have {k * block_bytes} bytes, got {row_bytes}")
         out = np.empty((tokens, vocabulary), float32)
         cdef _View o = _View(out, float32, "out")
-        if block > 1:
-            self._integer_head(a, w, o, kind)
-            return out
         cdef float* copy = <float*>malloc(max(1, tokens * padded) * sizeof(float))
         if copy == NULL:
             raise MemoryError("no memory for padded activations")
@@ -685,28 +686,63 @@ cdef class Steps:
         free(copy)
         return out
 
-    cdef int _integer_head(self, _View x, _View w, _View out, int kind) except -1:
-        cdef Py_ssize_t tokens = x.size(0), k = x.size(1), vocabulary = w.size(0), row_bytes = w.size(1), t, i, first, last
-        cdef Py_ssize_t token_bytes = HEAD_TOKEN_BYTES(k), scratch_bytes = HEAD_SCRATCH_BYTES(k)
+    def grouped_head(self, x, data, str type_name, Py_ssize_t vocabulary):
+        """As reference.head.head_logits for a GroupedTable: x float32 (T, K), data uint8 (V / 16, 16 rows)."""
+        cdef int kind
+        cdef Py_ssize_t block, block_bytes
+        kind, block, block_bytes = TABLES.get(type_name, (0, 0, 0))
+        if block <= 1:
+            raise ValueError(f"the type of grouped rows must be Q8_0, Q6_K or Q4_0, got {type_name!r}")
+        cdef _View a = _contiguous(x, float32, "x", 2), w = _contiguous(data, uint8, "data", 2)
+        cdef Py_ssize_t tokens = a.size(0), k = a.size(1), group_bytes = w.size(1), n_groups = w.size(0), t, i, first, last
+        if k % block or group_bytes != GROUP_ROWS * (k // block * block_bytes) or n_groups != (vocabulary + GROUP_ROWS - 1) // GROUP_ROWS:
+            raise ValueError(f"{vocabulary} grouped rows of {k} {type_name} values must have "
+                             f"{(vocabulary + GROUP_ROWS - 1) // GROUP_ROWS} groups of {GROUP_ROWS * (k // block * block_bytes)} bytes in "
+                             f"blocks of {block} columns, got {n_groups} of {group_bytes}")
+        out = np.empty((tokens, vocabulary), float32)
+        cdef _View o = _View(out, float32, "out")
+        cdef Py_ssize_t token_bytes = HEAD_TOKEN_BYTES(k)
         cdef int n_threads = self.n_threads, bad = 0
-        cdef char* prepared = <char*>malloc(tokens * token_bytes + n_threads * scratch_bytes + 63)
-        if prepared == NULL:
+        cdef char* memory = <char*>malloc(tokens * token_bytes + 63)
+        if memory == NULL:
             raise MemoryError("no memory for the activations of a head")
-        cdef char* scratch = prepared + (-<Py_ssize_t>prepared & 63)
-        cdef char* token = scratch + n_threads * scratch_bytes
-        cdef const float* source = <const float*>x.buffer.buf
+        cdef char* token = memory + (-<Py_ssize_t>memory & 63)
+        cdef const float* source = <const float*>a.buffer.buf
         cdef const unsigned char* table = <const unsigned char*>w.buffer.buf
-        cdef float* target = <float*>out.buffer.buf
+        cdef float* target = <float*>o.buffer.buf
         with nogil:
             for t in range(tokens):
                 bad += not self.call.head_prepare(source + t * k, k, kind, token + t * token_bytes)
             if not bad:
                 for i in prange(n_threads, num_threads=n_threads, schedule='static', chunksize=1):
-                    first = vocabulary * i // n_threads
-                    last = vocabulary * (i + 1) // n_threads
-                    self.call.head_integer(table + first * row_bytes, row_bytes, last - first, token, tokens, k,
-                                           target + first, vocabulary, kind, scratch + i * scratch_bytes)
-        free(prepared)
+                    first = n_groups * i // n_threads
+                    last = min(n_groups * (i + 1) // n_threads * GROUP_ROWS, vocabulary)
+                    self.call.head_integer(table + first * group_bytes, group_bytes, last - first * GROUP_ROWS, token,
+                                           tokens, k, target + first * GROUP_ROWS, vocabulary, kind)
+        free(memory)
         if bad:
             raise ValueError("x must be finite in float32, got NaN or infinity")
-        return 0
+        return out
+
+    def group_rows(self, raw, str type_name):
+        """As reference.head.group_rows."""
+        cdef int kind
+        cdef Py_ssize_t block, block_bytes
+        kind, block, block_bytes = TABLES.get(type_name, (0, 0, 0))
+        if block <= 1:
+            raise ValueError(f"rows of Q8_0, Q6_K or Q4_0 can be grouped, got {type_name!r}")
+        cdef _View a = _contiguous(raw, uint8, "raw", 2)
+        cdef Py_ssize_t rows = a.size(0), row_bytes = a.size(1), n_groups = (rows + GROUP_ROWS - 1) // GROUP_ROWS, i
+        if row_bytes % block_bytes:
+            raise ValueError(f"rows of {type_name} must be whole blocks of {block_bytes} bytes, got {row_bytes}")
+        data = np.empty((n_groups, GROUP_ROWS * row_bytes), uint8)
+        if rows % GROUP_ROWS:
+            data[n_groups - 1] = 0
+        cdef _View o = _View(data, uint8, "data")
+        cdef const unsigned char* source = <const unsigned char*>a.buffer.buf
+        cdef unsigned char* target = <unsigned char*>o.buffer.buf
+        cdef int n_threads = self.n_threads
+        for i in prange(n_groups, num_threads=n_threads, schedule='static', nogil=True):
+            head_group_rows(source + i * GROUP_ROWS * row_bytes, row_bytes, min(GROUP_ROWS, rows - i * GROUP_ROWS), block_bytes,
+                       target + i * GROUP_ROWS * row_bytes)
+        return data

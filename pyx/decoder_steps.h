@@ -26,13 +26,43 @@ enum { TABLE_F32, TABLE_F16, TABLE_BF16, TABLE_Q8_0, TABLE_Q6_K, TABLE_Q4_0 };
 #define ATTEND_ROWS 32
 #define STEP_ATTEND_SCRATCH(n, d) (4 * (((n) + 15) / 16 * 16) + (8 + ATTEND_ROWS) * (((d) + 15) / 16 * 16))
 
-/* A head of integers: a token as head_prepare leaves it, and four decoded rows of the table. K is filled up with zeros to
- * a multiple of 512, so that scales come in whole vectors. */
-#define HEAD_COLUMNS(k) (((k) + 511) / 512 * 512)
-/* int8 x_q, int32 offsets of 4 columns, float scales of 4 columns (eight alike) and of 32 */
-#define HEAD_TOKEN_BYTES(k) (HEAD_COLUMNS(k) / 8 * 25)
-#define HEAD_ROW_BYTES(k) (HEAD_COLUMNS(k) / 8 * 11)   /* int8 codes, float scales of 32, int16 pairs of 16 */
-#define HEAD_SCRATCH_BYTES(k) (4 * HEAD_ROW_BYTES(k))
+/* A head of integers: a token as head_prepare leaves it, on whole cache lines. */
+#define HEAD_TOKEN_BYTES(k) (((k) / 8 * 11 + 63) / 64 * 64)
+
+/* Pieces of every block, a piece of each of sixteen rows in turn; missing rows are left as they are. */
+static inline __attribute__((always_inline)) uint8_t *head_move_pieces(const uint8_t *rows, ptrdiff_t row_bytes,
+                                                                       ptrdiff_t count, ptrdiff_t block_bytes,
+                                                                       const uint8_t *starts, ptrdiff_t n, ptrdiff_t size,
+                                                                       uint8_t *group) {
+    for (ptrdiff_t r = 0; r < count; r++) {
+        uint8_t *to = group + r * size;
+        for (ptrdiff_t b = 0; b < row_bytes; b += block_bytes)
+            for (ptrdiff_t i = 0; i < n; i++, to += 16 * size)
+                memcpy(to, rows + r * row_bytes + b + starts[i], (size_t)size);
+    }
+    return group + 16 * (row_bytes / block_bytes) * n * size;
+}
+
+/* group_rows of reference/head.py for one group. */
+static inline void head_group_rows(const uint8_t *rows, ptrdiff_t row_bytes, ptrdiff_t count, ptrdiff_t block_bytes,
+                                   uint8_t *group) {
+    uint8_t d = 0, scales[16], quants[48];
+    if (block_bytes == 210) { /* Q6_K */
+        d = 208;
+        for (int i = 0; i < 16; i++) scales[i] = (uint8_t)(192 + i);
+        for (int i = 0; i < 48; i++) {
+            const int half = i / 24, j = i % 24 / 3 * 4, third = i % 3;
+            quants[i] = (uint8_t)(third < 2 ? 64 * half + 32 * third + j : 128 + 32 * half + j);
+        }
+        group = head_move_pieces(rows, row_bytes, count, block_bytes, &d, 1, 2, group);
+        group = head_move_pieces(rows, row_bytes, count, block_bytes, scales, 16, 1, group);
+        head_move_pieces(rows, row_bytes, count, block_bytes, quants, 48, 4, group);
+    } else {
+        for (int i = 0; i < (block_bytes - 2) / 4; i++) quants[i] = (uint8_t)(2 + 4 * i);
+        group = head_move_pieces(rows, row_bytes, count, block_bytes, &d, 1, 2, group);
+        head_move_pieces(rows, row_bytes, count, block_bytes, quants, (block_bytes - 2) / 4, 4, group);
+    }
+}
 
 typedef struct {
     void (*norm)(const float *x, const float *weight, float *y, ptrdiff_t k, float eps, float offset);
@@ -49,8 +79,8 @@ typedef struct {
     void (*head)(const uint8_t *w, ptrdiff_t row_bytes, ptrdiff_t rows, const float *x, ptrdiff_t x_stride,
                  ptrdiff_t tokens, ptrdiff_t k, float *out, ptrdiff_t out_stride, int type);
     int (*head_prepare)(const float *x, ptrdiff_t k, int type, char *token);
-    void (*head_integer)(const uint8_t *w, ptrdiff_t row_bytes, ptrdiff_t rows, const char *x, ptrdiff_t tokens, ptrdiff_t k,
-                         float *out, ptrdiff_t out_stride, int type, char *scratch);
+    void (*head_integer)(const uint8_t *w, ptrdiff_t group_bytes, ptrdiff_t rows, const char *x, ptrdiff_t tokens,
+                         ptrdiff_t k, float *out, ptrdiff_t out_stride, int type);
 } decoder_steps;
 
 #ifdef DECODER_STEPS_LOOPS
@@ -461,356 +491,285 @@ static void step_head(const uint8_t *w, ptrdiff_t row_bytes, ptrdiff_t rows, con
 
 /* ---- head of integers ------------------------------------------------------------------------------------------------ */
 
-/* A row is decoded to one byte a column, which every token then multiplies. With vpdpbusd the bytes are codes c = q + zero,
- * unsigned, and -zero * (sum of four activations) is where its sums begin; without, they are q, signed. */
+/* Sixteen rows at a time, one in each lane (reference/head.py, group_rows), so that no sum goes across lanes and scales come
+ * in vectors. Codes are unsigned, q + zero, and sums begin at -zero * (sum of the activations). Only Q8_0 has signed ones
+ * where no instruction wants them otherwise. */
 #if defined(__AVX512VNNI__)
 #define CODE_ZERO(type) ((type) == TABLE_Q8_0 ? 128 : (type) == TABLE_Q6_K ? 32 : 8)
-/* vpmaddwd by (scale, 0): the sum of four products, at most 4 * 32 * 127, fits the low half. */
-#define CODE_PAIR(scale) ((uint32_t)(uint16_t)(int16_t)(scale))
 #else
-#define CODE_ZERO(type) 0
-#define CODE_PAIR(scale) ((uint32_t)(uint16_t)(int16_t)(scale) * 0x10001u)
+#define CODE_ZERO(type) ((type) == TABLE_Q8_0 ? 0 : (type) == TABLE_Q6_K ? 32 : 8)
 #endif
+#define HEAD_TOKENS 2 /* that share the decoded codes */
+#define TABLE_BLOCK(type) ((type) == TABLE_Q6_K ? 256 : 32)
+/* Lines that are read 8 KiB later: the hardware alone reaches three fifths of the memory's rate, since a group is read in two
+ * or three places, and so do requests for a whole piece at once, which fill the queue of misses. */
+#define HEAD_AHEAD(p, lines) do { for (int i = 0; i < (lines); i++) __builtin_prefetch((p) + 8192 + 64 * i); } while (0)
 
-typedef uint64_t half_u64 __attribute__((vector_size(16)));
-typedef uint64_t vec_u64 __attribute__((vector_size(32)));
-typedef int8_t vec_i8 __attribute__((vector_size(32)));
-
-typedef struct {
-    uint8_t *codes;
-    float *scales;   /* of 32 columns */
-    uint32_t *pairs; /* of 16 columns: the int8 scale of Q6_K in one or both halves */
-} head_row;
-
+/* A token: int8 x_q, float scales of 32 columns, int32 offsets of 16. */
 static int step_head_prepare(const float *x, ptrdiff_t k, int type, char *token) {
-    const ptrdiff_t padded = HEAD_COLUMNS(k);
     int8_t *x_q = (int8_t *)token;
-    int32_t *offsets = (int32_t *)(token + padded);
-    float *lanes = (float *)(token + 2 * padded), *scales = (float *)(token + 3 * padded);
-    memset(token, 0, HEAD_TOKEN_BYTES(k));
-    for (ptrdiff_t b = 0; b < k / 32; b++) {
+    float *scales = (float *)(token + k);
+    int32_t *offsets = (int32_t *)(token + k / 8 * 9);
+    for (ptrdiff_t b = 0; b < k / 32; b++)
         if (!step_quantize(x + 32 * b, x_q + 32 * b, scales + b, 32)) return 0;
-        for (int l = 0; l < 8; l++) lanes[8 * b + l] = scales[b];
+    for (ptrdiff_t g = 0; g < k / 16; g++) {
+        int32_t sum = 0;
+        for (int i = 0; i < 16; i++) sum += x_q[16 * g + i];
+        offsets[g] = -CODE_ZERO(type) * sum;
     }
-    for (ptrdiff_t i = 0; i < k / 4; i++)
-        offsets[i] = -CODE_ZERO(type) * (x_q[4 * i] + x_q[4 * i + 1] + x_q[4 * i + 2] + x_q[4 * i + 3]);
     return 1;
 }
 
-/* 32 columns from their low bits. */
-#define STORE_CODES(codes, bits, zero)                                                                                \
-    do {                                                                                                               \
-        const vec_i8 moved = (vec_i8)(bits) - (int8_t)(zero);                                                          \
-        memcpy(codes, &moved, 32);                                                                                     \
-    } while (0)
-
-STEP_INLINE void row_decode(const uint8_t *w, ptrdiff_t k, int type, head_row row) {
-    const uint64_t fours = 0x0f0f0f0f0f0f0f0f, twos = 0x3030303030303030;
-    uint8_t *c = row.codes;
-    uint16_t half;
-    if (type == TABLE_Q6_K) {
-        const int zero = 32 - CODE_ZERO(type);
-        for (ptrdiff_t b = 0; b < k / 256; b++, w += 210) {
-            memcpy(&half, w + 208, 2);
-            const float d = half_to_float(half);
-            for (int i = 0; i < 8; i++) row.scales[8 * b + i] = d;
-            for (int i = 0; i < 16; i++) row.pairs[16 * b + i] = CODE_PAIR((int8_t)w[192 + i]);
-            for (int side = 0; side < 2; side++, c += 128) {
-                vec_u64 low, next, high;
-                memcpy(&low, w + 64 * side, 32);
-                memcpy(&next, w + 64 * side + 32, 32);
-                memcpy(&high, w + 128 + 32 * side, 32);
-                STORE_CODES(c, (low & fours) | (high << 4 & twos), zero);
-                STORE_CODES(c + 32, (next & fours) | (high << 2 & twos), zero);
-                STORE_CODES(c + 64, (low >> 4 & fours) | (high & twos), zero);
-                STORE_CODES(c + 96, (next >> 4 & fours) | (high >> 2 & twos), zero);
-            }
-        }
-        return;
-    }
-    const ptrdiff_t block_bytes = type == TABLE_Q8_0 ? 34 : 18;
-    for (ptrdiff_t b = 0; b < k / 32; b++) {
-        memcpy(&half, w + b * block_bytes, 2);
-        row.pairs[b] = half;
-    }
-    for (ptrdiff_t b = 0; b < k / 32; b++) row.scales[b] = half_to_float((uint16_t)row.pairs[b]);
-    w += 2;
-    for (ptrdiff_t b = 0; b < k / 32; b++, w += block_bytes, c += 32) {
-        vec_u64 bits;
-        if (type == TABLE_Q8_0) {
-            memcpy(&bits, w, 32);
-            STORE_CODES(c, bits, -CODE_ZERO(type));
-        } else {
-            const vec_u64 shift = {0, 0, 4, 4};
-            half_u64 low;
-            memcpy(&low, w, 16);
-            bits = __builtin_shufflevector(low, low, 0, 1, 0, 1);
-            STORE_CODES(c, bits >> shift & fours, 8 - CODE_ZERO(type));
-        }
-    }
+STEP_INLINE const int8_t *head_columns(const char *tokens, int t, ptrdiff_t k) {
+    return (const int8_t *)(tokens + t * HEAD_TOKEN_BYTES(k));
+}
+STEP_INLINE float head_scale(const char *tokens, int t, ptrdiff_t k, ptrdiff_t block) {
+    return ((const float *)(tokens + t * HEAD_TOKEN_BYTES(k) + k))[block];
+}
+STEP_INLINE int32_t head_offset(const char *tokens, int t, ptrdiff_t k, ptrdiff_t group) {
+    return ((const int32_t *)(tokens + t * HEAD_TOKEN_BYTES(k) + k / 8 * 9))[group];
 }
 
-/* Four rows times a token. The sixteen sums of a row: lane l takes columns 4 l .. 4 l + 3 of each 64. */
-STEP_INLINE void rows_dot(const head_row *rows, const char *token, ptrdiff_t padded, int grouped, float *out,
-                          ptrdiff_t count) {
-    const int8_t *x_q = (const int8_t *)token;
-    const int32_t *offsets = (const int32_t *)(token + padded);
-    const float *x_scales = (const float *)(token + 3 * padded);
-    vec_f32 sums[4][NF];
-    memset(sums, 0, sizeof(sums));
+/* Four bytes of each row; a sum, or a float, of each row. */
 #if defined(__AVX512VNNI__)
-    /* Which scale a lane takes; the permutations look at the last four bits only. */
-    __m512i two = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
-    __m512i four = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-    for (ptrdiff_t i = 0; i < padded / 512; i++) {
-        __m512 scale[4];
-        for (int r = 0; r < 4; r++)
-            scale[r] = _mm512_mul_ps(_mm512_loadu_ps(rows[r].scales + 16 * i), _mm512_loadu_ps(x_scales + 16 * i));
-#pragma GCC unroll 1 /* unrolled, it spills its sums */
-        for (ptrdiff_t at = 8 * i; at < 8 * i + 8; at++) {
-            const __m512i x = _mm512_loadu_si512(x_q + 64 * at), offset = _mm512_loadu_si512(offsets + 16 * at);
-            for (int r = 0; r < 4; r++) {
-                __m512i sum = _mm512_dpbusd_epi32(offset, _mm512_loadu_si512(rows[r].codes + 64 * at), x);
-                if (grouped) {
-                    const __m512i pairs = _mm512_loadu_si512(rows[r].pairs + 16 * (at / 4));
-                    sum = _mm512_madd_epi16(sum, _mm512_permutexvar_epi32(four, pairs));
-                }
-                sums[r][0] += (vec_f32)_mm512_cvtepi32_ps(sum) * (vec_f32)_mm512_permutexvar_ps(two, scale[r]);
-            }
-            two = _mm512_add_epi32(two, _mm512_set1_epi32(2));
-            four = _mm512_add_epi32(four, _mm512_set1_epi32(4));
-        }
-    }
+typedef __m512i row_codes, row_sums;
+typedef __m512 row_floats;
+STEP_INLINE row_codes codes_load(const uint8_t *p) { return _mm512_loadu_si512(p); }
+/* (a & mask) | (b & other) with shifts of 64-bit lanes: bits that cross bytes are masked away. */
+STEP_INLINE row_codes codes_left(row_codes a, int bits) { return _mm512_slli_epi64(a, (unsigned)bits); }
+STEP_INLINE row_codes codes_right(row_codes a, int bits) { return _mm512_srli_epi64(a, (unsigned)bits); }
+STEP_INLINE row_codes codes_low(row_codes a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+/* The low four bits of a and the next two of b: a where the first mask is 1, else b, and that within the second. */
+STEP_INLINE row_codes codes_join(row_codes a, row_codes b) {
+    const __m512i both = _mm512_ternarylogic_epi64(_mm512_set1_epi8(15), a, b, 0xca);
+    return _mm512_and_si512(both, _mm512_set1_epi8(63));
+}
+STEP_INLINE row_sums sums_of(int32_t value) { return _mm512_set1_epi32(value); }
+STEP_INLINE row_sums codes_dot(row_sums sums, row_codes codes, const int8_t *x, int type) {
+    int32_t four;
+    memcpy(&four, x, 4);
+    if (type == TABLE_Q8_0) codes = _mm512_xor_si512(codes, _mm512_set1_epi8(-128));
+    return _mm512_dpbusd_epi32(sums, codes, _mm512_set1_epi32(four));
+}
+STEP_INLINE row_sums scales_load(const uint8_t *p) {
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p));
+}
+STEP_INLINE row_sums sums_add_product(row_sums a, row_sums b, row_sums c) {
+    return _mm512_add_epi32(a, _mm512_mullo_epi32(b, c));
+}
+STEP_INLINE row_floats halves_load(const uint8_t *p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+}
+/* a + sums * (d * scale) */
+STEP_INLINE row_floats floats_add(row_floats a, row_sums sums, row_floats d, float scale) {
+    return _mm512_add_ps(a, _mm512_mul_ps(_mm512_cvtepi32_ps(sums), _mm512_mul_ps(d, _mm512_set1_ps(scale))));
+}
+STEP_INLINE row_floats floats_zero(void) { return _mm512_setzero_ps(); }
+STEP_INLINE void floats_store(float *p, row_floats a) { _mm512_storeu_ps(p, a); }
 #elif defined(__AVX2__)
-    (void)offsets;
-    const __m256i halves = _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0);
-    for (ptrdiff_t i = 0; i < padded / 256; i++) {
-        float scale[4][8];
-        for (int r = 0; r < 4; r++)
-            for (int j = 0; j < 8; j++) scale[r][j] = rows[r].scales[8 * i + j] * x_scales[8 * i + j];
-        for (int j = 0; j < 8; j++) {
-            const __m256i x = _mm256_loadu_si256((const __m256i *)(x_q + 256 * i + 32 * j));
-            for (int r = 0; r < 4; r++) {
-                const __m256i q = _mm256_loadu_si256((const __m256i *)(rows[r].codes + 256 * i + 32 * j));
-                __m256i pair = _mm256_set1_epi16(1);
-                if (grouped) {
-                    const __m256i eight = _mm256_loadu_si256((const __m256i *)(rows[r].pairs + 16 * i + 8 * (j / 4)));
-                    pair = _mm256_permutevar8x32_epi32(eight, _mm256_add_epi32(halves, _mm256_set1_epi32(2 * (j % 4))));
-                }
-                /* |q| <= 128 and |x| <= 127: the sum of two products stays inside int16. */
-                const __m256i sum =
-                    _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(x, q)), pair);
-                sums[r][j & 1] += (vec_f32)_mm256_cvtepi32_ps(sum) * (vec_f32)_mm256_set1_ps(scale[r][j]);
-            }
-        }
-    }
+typedef struct {
+    __m256i v[2];
+} row_codes;
+typedef row_codes row_sums;
+typedef struct {
+    __m256 v[2];
+} row_floats;
+#define BOTH(expression) {{({ enum { h = 0 }; expression; }), ({ enum { h = 1 }; expression; })}}
+STEP_INLINE row_codes codes_load(const uint8_t *p) {
+    return (row_codes)BOTH(_mm256_loadu_si256((const __m256i *)(p + 32 * h)));
+}
+STEP_INLINE row_codes codes_left(row_codes a, int bits) { return (row_codes)BOTH(_mm256_slli_epi64(a.v[h], bits)); }
+STEP_INLINE row_codes codes_right(row_codes a, int bits) { return (row_codes)BOTH(_mm256_srli_epi64(a.v[h], bits)); }
+STEP_INLINE row_codes codes_low(row_codes a) { return (row_codes)BOTH(_mm256_and_si256(a.v[h], _mm256_set1_epi8(15))); }
+STEP_INLINE row_codes codes_join(row_codes a, row_codes b) {
+    return (row_codes)BOTH(_mm256_or_si256(_mm256_and_si256(a.v[h], _mm256_set1_epi8(15)),
+                                           _mm256_and_si256(b.v[h], _mm256_set1_epi8(48))));
+}
+STEP_INLINE row_sums sums_of(int32_t value) { return (row_sums)BOTH(_mm256_set1_epi32(value)); }
+/* The sum of two products stays inside int16: 2 * 127 * 63, and 2 * 127 * 128 for Q8_0. */
+STEP_INLINE row_sums codes_dot(row_sums sums, row_codes codes, const int8_t *x, int type) {
+    int32_t four;
+    memcpy(&four, x, 4);
+    const __m256i a = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1);
+    if (type == TABLE_Q8_0)
+        return (row_sums)BOTH(_mm256_add_epi32(
+            sums.v[h], _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(codes.v[h]), _mm256_sign_epi8(a, codes.v[h])),
+                                         ones)));
+    return (row_sums)BOTH(
+        _mm256_add_epi32(sums.v[h], _mm256_madd_epi16(_mm256_maddubs_epi16(codes.v[h], a), ones)));
+}
+STEP_INLINE row_sums scales_load(const uint8_t *p) {
+    return (row_sums)BOTH(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p + 8 * h))));
+}
+STEP_INLINE row_sums sums_add_product(row_sums a, row_sums b, row_sums c) {
+    return (row_sums)BOTH(_mm256_add_epi32(a.v[h], _mm256_mullo_epi32(b.v[h], c.v[h])));
+}
+/* half_to_float, eight at a time */
+STEP_INLINE __m256 eight_halves(const uint8_t *p) {
+    const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+    const __m256i low = _mm256_slli_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x7fff)), 13);
+    const __m256i minus = _mm256_slli_epi32(_mm256_srli_epi32(bits, 15), 31);
+    return _mm256_or_ps(_mm256_mul_ps(_mm256_castsi256_ps(low), _mm256_set1_ps(0x1p112f)), _mm256_castsi256_ps(minus));
+}
+STEP_INLINE row_floats halves_load(const uint8_t *p) { return (row_floats)BOTH(eight_halves(p + 16 * h)); }
+STEP_INLINE row_floats floats_add(row_floats a, row_sums sums, row_floats d, float scale) {
+    return (row_floats)BOTH(_mm256_add_ps(
+        a.v[h], _mm256_mul_ps(_mm256_cvtepi32_ps(sums.v[h]), _mm256_mul_ps(d.v[h], _mm256_set1_ps(scale)))));
+}
+STEP_INLINE row_floats floats_zero(void) { return (row_floats)BOTH(_mm256_setzero_ps()); }
+STEP_INLINE void floats_store(float *p, row_floats a) {
+    _mm256_storeu_ps(p, a.v[0]);
+    _mm256_storeu_ps(p + 8, a.v[1]);
+}
+#undef BOTH
 #else
-    (void)offsets;
-    for (int r = 0; r < 4; r++)
-        for (ptrdiff_t b = 0; b < padded / 32; b++) {
-            const int8_t *q = (const int8_t *)rows[r].codes + 32 * b, *x = x_q + 32 * b;
-            const float scale = rows[r].scales[b] * x_scales[b];
-            float term[8];
-            for (int l = 0; l < 8; l++, q += 4, x += 4) {
-                const int32_t sum = q[0] * x[0] + q[1] * x[1] + q[2] * x[2] + q[3] * x[3];
-                term[l] = (float)(grouped ? sum * (int16_t)rows[r].pairs[2 * b + l / 4] : sum) * scale;
-            }
-            for (int v = 0; v < NF / 2; v++) {
-                vec_f32 a;
-                memcpy(&a, term + v * (WIDTH / 4), WIDTH);
-                sums[r][(b & 1) * (NF / 2) + v] += a;
-            }
-        }
-#endif
-    for (ptrdiff_t r = 0; r < count; r++) out[r] = sum_lanes_f32(sums[r]);
+typedef struct {
+    uint8_t v[64];
+} row_codes;
+typedef struct {
+    int32_t v[16];
+} row_sums;
+typedef struct {
+    float v[16];
+} row_floats;
+STEP_INLINE row_codes codes_load(const uint8_t *p) {
+    row_codes a;
+    memcpy(a.v, p, 64);
+    return a;
 }
+STEP_INLINE row_codes codes_left(row_codes a, int bits) {
+    for (int i = 0; i < 64; i++) a.v[i] = (uint8_t)(a.v[i] << bits);
+    return a;
+}
+STEP_INLINE row_codes codes_right(row_codes a, int bits) {
+    for (int i = 0; i < 64; i++) a.v[i] = (uint8_t)(a.v[i] >> bits);
+    return a;
+}
+STEP_INLINE row_codes codes_low(row_codes a) {
+    for (int i = 0; i < 64; i++) a.v[i] &= 15;
+    return a;
+}
+STEP_INLINE row_codes codes_join(row_codes a, row_codes b) {
+    for (int i = 0; i < 64; i++) a.v[i] = (uint8_t)((a.v[i] & 15) | (b.v[i] & 48));
+    return a;
+}
+STEP_INLINE row_sums sums_of(int32_t value) {
+    row_sums a;
+    for (int r = 0; r < 16; r++) a.v[r] = value;
+    return a;
+}
+STEP_INLINE row_sums codes_dot(row_sums sums, row_codes codes, const int8_t *x, int type) {
+    for (int r = 0; r < 16; r++)
+        for (int i = 0; i < 4; i++)
+            sums.v[r] += x[i] * (type == TABLE_Q8_0 ? (int8_t)codes.v[4 * r + i] : codes.v[4 * r + i]);
+    return sums;
+}
+STEP_INLINE row_sums scales_load(const uint8_t *p) {
+    row_sums a;
+    for (int r = 0; r < 16; r++) a.v[r] = (int8_t)p[r];
+    return a;
+}
+STEP_INLINE row_sums sums_add_product(row_sums a, row_sums b, row_sums c) {
+    for (int r = 0; r < 16; r++) a.v[r] += b.v[r] * c.v[r];
+    return a;
+}
+STEP_INLINE row_floats halves_load(const uint8_t *p) {
+    row_floats a;
+    for (int r = 0; r < 16; r++) {
+        uint16_t half;
+        memcpy(&half, p + 2 * r, 2);
+        a.v[r] = half_to_float(half);
+    }
+    return a;
+}
+STEP_INLINE row_floats floats_add(row_floats a, row_sums sums, row_floats d, float scale) {
+    for (int r = 0; r < 16; r++) a.v[r] += (float)sums.v[r] * (d.v[r] * scale);
+    return a;
+}
+STEP_INLINE row_floats floats_zero(void) {
+    const row_floats a = {{0}};
+    return a;
+}
+STEP_INLINE void floats_store(float *p, row_floats a) { memcpy(p, a.v, 64); }
+#endif
 
-#if defined(__AVX512VNNI__)
-/* A row times a token, from the stored bytes to the sum in registers: the same sums as rows_dot. */
-STEP_INLINE float row_dot(const uint8_t *w, ptrdiff_t k, int type, const char *token, ptrdiff_t padded) {
-    const __m512i fours = _mm512_set1_epi8(15), twos = _mm512_set1_epi8(0x30), sign = _mm512_set1_epi8(-128);
-    __m512 sums = _mm512_setzero_ps();
-/* 64 columns of the token that x points at, whose scales are multiplied with `scale`. */
-#define ADD(codes, group, scale)                                                                                      \
-    do {                                                                                                               \
-        __m512i sum = _mm512_dpbusd_epi32(_mm512_loadu_si512(x + padded), codes, _mm512_loadu_si512(x));               \
-        if (type == TABLE_Q6_K) sum = _mm512_madd_epi16(sum, group);                                                   \
-        const __m512 both = _mm512_mul_ps(scale, _mm512_loadu_ps((const float *)(x + 2 * padded)));                    \
-        sums = _mm512_add_ps(sums, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), both));                                      \
-    } while (0)
-    const char *x = token;
+/* A group of rows times n tokens: sixteen logits of each. */
+STEP_INLINE void group_dot(int n, const uint8_t *w, ptrdiff_t k, int type, const char *tokens, float (*out)[16]) {
+    const ptrdiff_t blocks = k / TABLE_BLOCK(type);
+    row_floats y[HEAD_TOKENS];
+    for (int t = 0; t < n; t++) y[t] = floats_zero();
     if (type == TABLE_Q6_K) {
-        const __m512i four = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-        const __m512i left = _mm512_set_epi64(2, 2, 2, 2, 4, 4, 4, 4), right = _mm512_set_epi64(2, 2, 2, 2, 0, 0, 0, 0);
-        for (const char *end = token + k; x < end; w += 210) {
-            uint16_t half;
-            memcpy(&half, w + 208, 2);
-            const __m512 d = _mm512_cvtph_ps(_mm256_set1_epi16((short)half));
-            /* vpmaddwd by (scale, 0): the sum of four products, at most 4 * 32 * 127, fits the low half. */
-            const __m512i pairs = _mm512_and_si512(
-                _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(w + 192))), _mm512_set1_epi32(0xffff));
-            for (int side = 0; side < 2; side++) {
-                const __m512i low = _mm512_loadu_si512(w + 64 * side);
-                const __m512i high =
-                    _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)(w + 128 + 32 * side)));
-                for (int part = 0; part < 2; part++, x += 64) {
-                    const __m512i nibbles = part ? _mm512_srli_epi64(low, 4) : low;
-                    const __m512i upper = part ? _mm512_srlv_epi64(high, right) : _mm512_sllv_epi64(high, left);
-                    const __m512i index = _mm512_add_epi32(four, _mm512_set1_epi32(8 * side + 4 * part));
-                    ADD(_mm512_or_si512(_mm512_and_si512(nibbles, fours), _mm512_and_si512(upper, twos)),
-                        _mm512_permutexvar_epi32(index, pairs), d);
+        const uint8_t *scales = w + 32 * blocks, *codes = scales + 256 * blocks;
+        for (ptrdiff_t b = 0; b < 2 * blocks; b++) { /* halves of blocks: 128 columns, 1680 bytes */
+            const row_floats d = halves_load(w + b / 2 * 32);
+            row_sums total[HEAD_TOKENS][4];
+            for (int t = 0; t < n; t++)
+                for (int j = 0; j < 4; j++) total[t][j] = sums_of(0);
+            for (int h = 0; h < 2; h++, scales += 16) { /* columns 0-15 and 16-31 of each 32 */
+                row_sums sums[HEAD_TOKENS][4];
+                for (int t = 0; t < n; t++)
+                    for (int j = 0; j < 4; j++) sums[t][j] = sums_of(head_offset(tokens, t, k, 8 * b + 2 * j + h));
+                for (int q = 4 * h; q < 4 * h + 4; q++, codes += 192) {
+                    HEAD_AHEAD(w + 1680 * b + 210 * q, 4);
+                    const row_codes even = codes_load(codes), odd = codes_load(codes + 64), top = codes_load(codes + 128);
+                    const row_codes four[4] = {codes_join(even, codes_left(top, 4)), codes_join(odd, codes_left(top, 2)),
+                                               codes_join(codes_right(even, 4), top),
+                                               codes_join(codes_right(odd, 4), codes_right(top, 2))};
+                    for (int t = 0; t < n; t++)
+                        for (int j = 0; j < 4; j++)
+                            sums[t][j] = codes_dot(sums[t][j], four[j],
+                                                   head_columns(tokens, t, k) + 128 * b + 32 * j + 4 * q, type);
+                }
+                for (int j = 0; j < 4; j++)
+                    for (int t = 0; t < n; t++)
+                        total[t][j] = sums_add_product(total[t][j], sums[t][j], scales_load(scales + 32 * j));
+            }
+            scales += 96;
+            for (int t = 0; t < n; t++)
+                for (int j = 0; j < 4; j++) y[t] = floats_add(y[t], total[t][j], d, head_scale(tokens, t, k, 4 * b + j));
+        }
+    } else {
+        const int quads = type == TABLE_Q8_0 ? 8 : 4, piece = 64 * quads + 32;
+        const uint8_t *codes = w + 32 * blocks;
+        for (ptrdiff_t b = 0; b < blocks; b++) {
+            const row_floats d = halves_load(w + 32 * b);
+            row_sums sums[HEAD_TOKENS];
+            for (int t = 0; t < n; t++)
+                sums[t] = sums_of(head_offset(tokens, t, k, 2 * b) + head_offset(tokens, t, k, 2 * b + 1));
+            for (int q = 0; q < quads; q++, codes += 64) {
+                HEAD_AHEAD(w + piece * b + piece / quads * q, q == quads - 1 ? 2 : 1);
+                const row_codes both = codes_load(codes), low = codes_low(both), high = codes_low(codes_right(both, 4));
+                for (int t = 0; t < n; t++) {
+                    const int8_t *x = head_columns(tokens, t, k) + 32 * b + 4 * q;
+                    if (type == TABLE_Q8_0) sums[t] = codes_dot(sums[t], both, x, type);
+                    else sums[t] = codes_dot(codes_dot(sums[t], low, x, type), high, x + 16, type);
                 }
             }
+            for (int t = 0; t < n; t++) y[t] = floats_add(y[t], sums[t], d, head_scale(tokens, t, k, b));
         }
-    } else {
-        const ptrdiff_t block_bytes = type == TABLE_Q8_0 ? 34 : 18;
-        const __m512i shift = _mm512_set_epi64(4, 4, 0, 0, 4, 4, 0, 0);
-/* Two blocks; their halves are read where they lie. */
-#define ADD_BLOCKS(first, second)                                                                                     \
-    do {                                                                                                               \
-        int16_t d, e;                                                                                                  \
-        memcpy(&d, first, 2);                                                                                          \
-        memcpy(&e, second, 2);                                                                                         \
-        const __m512 scale = _mm512_cvtph_ps(_mm256_mask_set1_epi16(_mm256_set1_epi16(d), 0xff00, e));                 \
-        if (type == TABLE_Q8_0) {                                                                                      \
-            const __m512i a = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)((first) + 2)));              \
-            const __m256i b = _mm256_loadu_si256((const __m256i *)((second) + 2));                                     \
-            ADD(_mm512_xor_si512(_mm512_inserti64x4(a, b, 1), sign), sign, scale);                                     \
-        } else {                                                                                                       \
-            const __m512i a = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)((first) + 2)));                 \
-            const __m128i b = _mm_loadu_si128((const __m128i *)((second) + 2));                                        \
-            const __m512i both = _mm512_mask_broadcast_i32x4(a, 0xff00, b);                                            \
-            ADD(_mm512_and_si512(_mm512_srlv_epi64(both, shift), fours), sign, scale);                                 \
-        }                                                                                                              \
-    } while (0)
-        for (const char *end = token + k / 64 * 64; x < end; x += 64, w += 2 * block_bytes)
-            ADD_BLOCKS(w, w + block_bytes);
-        if (k % 64) ADD_BLOCKS(w, w); /* the second time it meets zeros */
-#undef ADD_BLOCKS
     }
-#undef ADD
-    const vec_f32 all[1] = {(vec_f32)sums};
-    return sum_lanes_f32(all);
+    for (int t = 0; t < n; t++) floats_store(out[t], y[t]);
 }
-#elif defined(__AVX2__)
-/* A row times a token, from the stored bytes to the sum in registers: the same sums as rows_dot. */
-STEP_INLINE float row_dot(const uint8_t *w, ptrdiff_t k, int type, const char *token, ptrdiff_t padded) {
-    const uint64_t fours = 0x0f0f0f0f0f0f0f0f, twos = 0x3030303030303030;
-    const __m256i ones = _mm256_set1_epi16(1), index = _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0);
-    const int8_t *x_q = (const int8_t *)token;
-    const float *x_scales = (const float *)(token + 3 * padded);
-    vec_f32 even = {0}, odd = {0};
-/* Block i of the token. |q| <= 128 and |x| <= 127: the sum of two products stays inside int16. */
-#define ADD(to, codes, i, pair, scale)                                                                                \
-    do {                                                                                                               \
-        const __m256i q = (__m256i)(codes), x = _mm256_loadu_si256((const __m256i *)(x_q + 32 * (i)));                 \
-        const __m256i sum = _mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(x, q));                          \
-        to += (vec_f32)_mm256_cvtepi32_ps(_mm256_madd_epi16(sum, pair)) * (vec_f32)_mm256_set1_ps(scale);              \
-    } while (0)
-    if (type == TABLE_Q6_K) {
-        for (ptrdiff_t b = 0; b < k / 256; b++, w += 210, x_q += 256, x_scales += 8) {
-            uint16_t half;
-            float scale[8] __attribute__((aligned(32)));
-            memcpy(&half, w + 208, 2);
-            _mm256_store_ps(scale, _mm256_mul_ps(_mm256_set1_ps(half_to_float(half)), _mm256_loadu_ps(x_scales)));
-            const __m256i scales = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(w + 192)));
-            for (int side = 0; side < 2; side++) {
-                /* Eight scales, each twice: a pair for a lane of 32 bits. */
-                const __m128i eight = side ? _mm256_extracti128_si256(scales, 1) : _mm256_castsi256_si128(scales);
-                const __m256i pairs =
-                    _mm256_set_m128i(_mm_unpackhi_epi16(eight, eight), _mm_unpacklo_epi16(eight, eight));
-                vec_u64 low, next, high;
-                memcpy(&low, w + 64 * side, 32);
-                memcpy(&next, w + 64 * side + 32, 32);
-                memcpy(&high, w + 128 + 32 * side, 32);
-#define QUARTER(to, nibbles, upper, j)                                                                                \
-    ADD(to, (vec_i8)(((nibbles) & fours) | ((upper) & twos)) - (int8_t)32, 4 * side + j,                               \
-        _mm256_permutevar8x32_epi32(pairs, _mm256_add_epi32(index, _mm256_set1_epi32(2 * j))), scale[4 * side + j])
-                QUARTER(even, low, high << 4, 0);
-                QUARTER(odd, next, high << 2, 1);
-                QUARTER(even, low >> 4, high, 2);
-                QUARTER(odd, next >> 4, high >> 2, 3);
-#undef QUARTER
-            }
-        }
-    } else {
-        const ptrdiff_t block_bytes = type == TABLE_Q8_0 ? 34 : 18;
-/* Block i of those at w, with the scale of both. */
-#define ADD_BLOCK(to, i, scale)                                                                                       \
-    do {                                                                                                               \
-        vec_u64 bits;                                                                                                  \
-        if (type == TABLE_Q8_0)                                                                                        \
-            memcpy(&bits, w + (i) * block_bytes + 2, 32);                                                              \
-        else {                                                                                                         \
-            const vec_u64 shift = {0, 0, 4, 4};                                                                        \
-            half_u64 low;                                                                                              \
-            memcpy(&low, w + (i) * block_bytes + 2, 16);                                                               \
-            bits = __builtin_shufflevector(low, low, 0, 1, 0, 1) >> shift & fours;                                     \
-            bits = (vec_u64)((vec_i8)bits - (int8_t)8);                                                                \
-        }                                                                                                              \
-        ADD(to, bits, i, ones, scale);                                                                                 \
-    } while (0)
-        ptrdiff_t left = k / 32;
-        for (; left >= 8; left -= 8, w += 8 * block_bytes, x_q += 256, x_scales += 8) {
-            float scale[8] __attribute__((aligned(32)));
-            uint16_t half[8];
-            for (int i = 0; i < 8; i++) memcpy(half + i, w + i * block_bytes, 2);
-            /* half_to_float, eight at a time */
-            const __m256i bits = _mm256_cvtepu16_epi32(
-                _mm_setr_epi16((short)half[0], (short)half[1], (short)half[2], (short)half[3], (short)half[4],
-                               (short)half[5], (short)half[6], (short)half[7]));
-            const __m256i low = _mm256_slli_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x7fff)), 13);
-            const __m256i minus = _mm256_slli_epi32(_mm256_srli_epi32(bits, 15), 31);
-            const __m256 d = _mm256_or_ps(_mm256_mul_ps(_mm256_castsi256_ps(low), _mm256_set1_ps(0x1p112f)),
-                                          _mm256_castsi256_ps(minus));
-            _mm256_store_ps(scale, _mm256_mul_ps(d, _mm256_loadu_ps(x_scales)));
-            for (int i = 0; i < 8; i += 2) {
-                ADD_BLOCK(even, i, scale[i]);
-                ADD_BLOCK(odd, i + 1, scale[i + 1]);
-            }
-        }
-        for (ptrdiff_t i = 0; i < left; i++) {
-            uint16_t half;
-            memcpy(&half, w + i * block_bytes, 2);
-            const float scale = half_to_float(half) * x_scales[i];
-            if (i & 1) ADD_BLOCK(odd, i, scale);
-            else ADD_BLOCK(even, i, scale);
-        }
-#undef ADD_BLOCK
-    }
-#undef ADD
-    const vec_f32 all[2] = {even, odd};
-    return sum_lanes_f32(all);
-}
-#endif
 
-STEP_INLINE void integer_head_of_type(const uint8_t *w, ptrdiff_t row_bytes, ptrdiff_t rows, const char *x,
-                                      ptrdiff_t tokens, ptrdiff_t k, float *out, ptrdiff_t out_stride, int type,
-                                      char *scratch) {
-    const ptrdiff_t padded = HEAD_COLUMNS(k);
-#if defined(__AVX2__)
-    if (tokens == 1) {
-        for (ptrdiff_t r = 0; r < rows; r++) out[r] = row_dot(w + r * row_bytes, k, type, x, padded);
-        return;
-    }
-#endif
-    head_row row[4];
-    memset(scratch, 0, HEAD_SCRATCH_BYTES(k));
-    for (int r = 0; r < 4; r++, scratch += HEAD_ROW_BYTES(k))
-        row[r] = (head_row){(uint8_t *)scratch, (float *)(scratch + padded), (uint32_t *)(scratch + padded / 8 * 9)};
-    for (ptrdiff_t first = 0; first < rows; first += 4) {
-        const ptrdiff_t count = rows - first < 4 ? rows - first : 4;
-        for (ptrdiff_t r = 0; r < count; r++) row_decode(w + (first + r) * row_bytes, k, type, row[r]);
-        for (ptrdiff_t t = 0; t < tokens; t++)
-            rows_dot(row, x + t * HEAD_TOKEN_BYTES(k), padded, type == TABLE_Q6_K, out + t * out_stride + first, count);
+/* out[t * out_stride + r] for `rows` rows in groups and the tokens of x. */
+STEP_INLINE void integer_head_of_type(const uint8_t *w, ptrdiff_t group_bytes, ptrdiff_t rows, const char *x,
+                                      ptrdiff_t tokens, ptrdiff_t k, float *out, ptrdiff_t out_stride, int type) {
+    float logits[HEAD_TOKENS][16];
+    for (ptrdiff_t first = 0; first < rows; first += 16, w += group_bytes) {
+        const size_t count = (size_t)(rows - first < 16 ? rows - first : 16);
+        for (ptrdiff_t t = 0; t < tokens; t += HEAD_TOKENS) {
+            const ptrdiff_t n = tokens - t < HEAD_TOKENS ? tokens - t : HEAD_TOKENS;
+            if (n == 1) group_dot(1, w, k, type, x + t * HEAD_TOKEN_BYTES(k), logits);
+            else group_dot(2, w, k, type, x + t * HEAD_TOKEN_BYTES(k), logits);
+            for (ptrdiff_t i = 0; i < n; i++) memcpy(out + (t + i) * out_stride + first, logits[i], 4 * count);
+        }
     }
 }
 
-/* out[t * out_stride + r] for `rows` rows and the tokens of x; `scratch` has HEAD_SCRATCH_BYTES(k), aligned to 64. */
-static void step_head_integer(const uint8_t *w, ptrdiff_t row_bytes, ptrdiff_t rows, const char *x, ptrdiff_t tokens,
-                              ptrdiff_t k, float *out, ptrdiff_t out_stride, int type, char *scratch) {
+static void step_head_integer(const uint8_t *w, ptrdiff_t group_bytes, ptrdiff_t rows, const char *x, ptrdiff_t tokens,
+                              ptrdiff_t k, float *out, ptrdiff_t out_stride, int type) {
 #define CASE(TYPE)                                                                                                    \
-    case TYPE: integer_head_of_type(w, row_bytes, rows, x, tokens, k, out, out_stride, TYPE, scratch); break;
+    case TYPE: integer_head_of_type(w, group_bytes, rows, x, tokens, k, out, out_stride, TYPE); break;
     switch (type) {
         CASE(TABLE_Q8_0)
         CASE(TABLE_Q6_K)

@@ -13,7 +13,15 @@ from bitnet_ref.formats.float_types import encode_floats
 from bitnet_ref.measure.head_cost import measure_heads
 from bitnet_ref.reference.attention import KVCache, attention
 from bitnet_ref.reference.config import ModelConfig
-from bitnet_ref.reference.head import TABLE_TYPES, FloatTable, decode_rows, head_logits
+from bitnet_ref.reference.head import (
+    TABLE_TYPES,
+    FloatTable,
+    GroupedTable,
+    decode_rows,
+    group_rows,
+    head_logits,
+    stored_rows,
+)
 from bitnet_ref.reference.mlp import activate
 from bitnet_ref.reference.model import Steps, forward, generate_greedy, linear, random_weights, ternary_weights
 from bitnet_ref.reference.norm import rms_norm
@@ -174,15 +182,51 @@ def test_attention_of_subnormal_float16(isa):
     )
 
 
+def head_of(ops, x, table):
+    """Logits of compiled steps, for a table of any type."""
+    if TABLE_TYPES[table.type][0] == 1:
+        return ops.head(x, table.raw, table.type)
+    return ops.grouped_head(x, ops.group_rows(table.raw, table.type), table.type, len(table.raw))
+
+
+@pytest.mark.parametrize(("stored", "columns"), [("Q6_K", 512), ("Q8_0", 96), ("Q4_0", 96)])
+@pytest.mark.parametrize("rows", [1, 16, 37])
+def test_grouped_rows_come_back(stored, columns, rows):
+    raw = np.random.default_rng(rows).integers(
+        0, 256, (rows, columns // TABLE_TYPES[stored][0] * TABLE_TYPES[stored][1])
+    )
+    raw = raw.astype(np.uint8)
+    grouped = group_rows(raw, stored)
+    np.testing.assert_array_equal(load_steps(2).group_rows(raw, stored), grouped)
+    table = GroupedTable(grouped, stored, rows, columns)
+    assert table.shape == (rows, columns) and table.nbytes == -(-rows // 16) * 16 * raw.shape[1]
+    np.testing.assert_array_equal(table.raw, raw)
+    some = [rows - 1, 0]
+    np.testing.assert_array_equal(stored_rows(grouped, stored, np.array(some)), raw[some])
+    encoded = encode_floats("w", normal(rows, columns), stored).reshape(rows, -1)
+    table = GroupedTable(group_rows(encoded, stored), stored, rows, columns)
+    np.testing.assert_array_equal(table[some], decode_rows(encoded[some], stored))
+    with pytest.raises(ValueError, match="grouped rows"):
+        GroupedTable(grouped, stored, rows + 16, columns)
+
+
+def test_a_group_of_rows_byte_by_byte():
+    """Rows of one block of Q4_0, whose byte i is 16 * row + i: scales first, then four columns of each row in turn."""
+    raw = (np.arange(18)[None] + 10 * np.arange(16)[:, None]).astype(np.uint8)
+    grouped = group_rows(raw, "Q4_0")[0]
+    assert grouped[:4].tolist() == [0, 1, 10, 11] and grouped[32:40].tolist() == [2, 3, 4, 5, 12, 13, 14, 15]
+    assert grouped[-4:].tolist() == [164, 165, 166, 167]
+
+
 @every_isa
 @pytest.mark.parametrize("n_threads", [1, 3])
 @pytest.mark.parametrize("stored", TABLE_TYPES)
-@pytest.mark.parametrize(("tokens", "rows"), [(1, 37), (19, 6), (2, 1)])
+@pytest.mark.parametrize(("tokens", "rows"), [(1, 37), (19, 6), (2, 1), (3, 64)])
 def test_head_equals_its_definition(isa, n_threads, stored, tokens, rows):
     k = {"Q6_K": 512, "Q8_0": 288, "Q4_0": 288}.get(stored, 301)
     table = FloatTable(encode_floats("w", normal(rows, k), stored).reshape(rows, -1), stored, k)
     x = normal(tokens, k)
-    np.testing.assert_array_equal(load_steps(n_threads, isa).head(x, table.raw, stored), head_logits(x, table))
+    np.testing.assert_array_equal(head_of(load_steps(n_threads, isa), x, table), head_logits(x, table))
 
 
 @every_isa
@@ -198,9 +242,9 @@ def test_integer_head_at_its_extremes(isa, stored, tokens):
     x[:, 256:512] = -1
     x[:, 512::3] = 0.25
     table = FloatTable(raw, stored, 768)
-    np.testing.assert_array_equal(load_steps(2, isa).head(x, raw, stored), head_logits(x, table))
+    np.testing.assert_array_equal(head_of(load_steps(2, isa), x, table), head_logits(x, table))
     x[-1, 700] = np.nan
-    for multiply in (lambda: load_steps(2, isa).head(x, raw, stored), lambda: head_logits(x, table)):
+    for multiply in (lambda: head_of(load_steps(2, isa), x, table), lambda: head_logits(x, table)):
         with pytest.raises(ValueError, match="x must be finite"):
             multiply()
 
@@ -263,6 +307,16 @@ def test_steps_refuse_wrong_arguments():
         ops.attention(normal(1, 4, 8), normal(3, 3, 8), normal(3, 3, 8), 1.0)
     with pytest.raises(ValueError, match="must have 32 bytes, got 31"):
         ops.head(normal(1, 8), np.zeros((2, 31), np.uint8), "F32")
+    with pytest.raises(ValueError, match="F32, F16 or BF16, got 'Q8_0'"):
+        ops.head(normal(1, 32), np.zeros((2, 34), np.uint8), "Q8_0")
+    with pytest.raises(ValueError, match="Q8_0, Q6_K or Q4_0, got 'F16'"):
+        ops.grouped_head(normal(1, 8), np.zeros((1, 256), np.uint8), "F16", 16)
+    with pytest.raises(ValueError, match="17 grouped rows of 32 Q8_0 values must have 2 groups of 544 bytes"):
+        ops.grouped_head(normal(1, 32), np.zeros((1, 544), np.uint8), "Q8_0", 17)
+    with pytest.raises(ValueError, match="can be grouped, got 'F16'"):
+        ops.group_rows(np.zeros((1, 64), np.uint8), "F16")
+    with pytest.raises(ValueError, match="whole blocks of 34 bytes, got 33"):
+        ops.group_rows(np.zeros((1, 33), np.uint8), "Q8_0")
     with pytest.raises(ValueError, match="cos and sin"):
         ops.rotate(normal(2, 3, 8), normal(2, 1, 3), normal(2, 1, 3))
     with pytest.raises(KernelUnavailable, match="neon9"):
@@ -439,7 +493,7 @@ def test_random_model():
     assert not np.array_equal(logits, Model.random(config, 6, "tl1", "q6_k").logits([1, 2, 3]))
     assert 0.05 < logits.std() < 20  # neither dead nor exploding
     sizes = model.bytes_per_token()
-    assert sizes["head"] == 203 * 210 and sizes["layers"] == sum(
+    assert sizes["head"] == 208 * 210 and sizes["layers"] == sum(
         w.w_packed.nbytes for n, w in model.weights.items() if n in config.linear_shapes()
     )
     assert model.cache_bytes_per_token() == 2 * 2 * 2 * 14 * 4

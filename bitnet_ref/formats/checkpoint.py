@@ -135,18 +135,24 @@ class FloatTensor:
         """
         if not self._source.is_float:
             raise FormatError(f"tensor {self.name} must be of a type that can be read as floats, got {self.type}")
+        for i, piece in self._pieces():
+            raw = map_bytes(piece).reshape(piece.shape[0], -1)
+            yield i, self._order(raw), self._order(piece.to_float32())
+
+    def raw_chunks(self) -> Iterator[np.ndarray]:
+        """The stored bytes of the rows, (n, row bytes), some MiB at a time, each mapped only while it is looked at."""
+        for _, piece in self._pieces():
+            yield self._order(map_bytes(piece).reshape(piece.shape[0], -1))
+
+    def _pieces(self) -> Iterator[tuple[int, StoredTensor]]:
+        """Whole sixteens of rows, but for the last piece: so they lie together in tables of integers."""
         n_rows, n_columns = math.prod(self.shape[:-1]), self.shape[-1] if self.shape else 1
-        step = n_rows if self._row_order is not None else max(1, _CHUNK_WEIGHTS // max(1, n_columns))
+        step = n_rows if self._row_order is not None else max(16, _CHUNK_WEIGHTS // max(1, n_columns) // 16 * 16)
         row_bytes = self._source.stored_bytes // max(1, n_rows)
         for i in range(0, n_rows, max(1, step)):
             n = min(step, n_rows - i)
-            piece = replace(
-                self._source,
-                shape=(n, n_columns),
-                offset=self._source.offset + i * row_bytes,
-                stored_bytes=n * row_bytes,
-            )
-            yield i, self._order(map_bytes(piece).reshape(n, row_bytes)), self._order(piece.to_float32())
+            offset = self._source.offset + i * row_bytes
+            yield i, replace(self._source, shape=(n, n_columns), offset=offset, stored_bytes=n * row_bytes)
 
     def _order(self, rows: np.ndarray) -> np.ndarray:
         if self._row_order is None:

@@ -22,6 +22,7 @@ from bitnet_ref.reference.head import TABLE_TYPES, FloatTable
 from bitnet_ref.runtime.load import load
 from bitnet_ref.runtime.model import HEADS, Model, encode_table
 from bitnet_ref.runtime.sampling import log_softmax
+from bitnet_ref.runtime.steps import grouped
 
 __all__ = ["measure_heads"]
 
@@ -63,7 +64,7 @@ def measure_heads(
     stored, losses, sums = {}, {head: [] for head in heads}, {head: np.zeros(4) for head in heads}
     for head in heads:
         padding = -table.columns % TABLE_TYPES[HEADS[head]][0]
-        stored[head] = encode_table("head", np.pad(values, ((0, 0), (0, padding))), HEADS[head])
+        stored[head] = grouped(encode_table("head", np.pad(values, ((0, 0), (0, padding))), HEADS[head]))
     first, n_scored, exact = context // 2, 0, []
     steps = dataclasses.replace(model.steps, head=lambda x, table: x)
     runner = model.with_steps(steps)

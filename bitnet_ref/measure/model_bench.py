@@ -213,8 +213,9 @@ def _shares(model: Model, n_threads: int, cache: Any) -> dict[str, float]:
         total = time.perf_counter_ns() - start
         python = total - sum(spent.values())
         products = spent["product"] + runner.take_product_ns()
-        rest = total - python - products - spent["head"] - spent["attention"]
-        shares.append([part / total for part in (python, products, spent["head"], spent["attention"], rest)])
+        head = spent["head"] + spent["grouped_head"]
+        rest = total - python - products - head - spent["attention"]
+        shares.append([part / total for part in (python, products, head, spent["attention"], rest)])
     names = ("python_fraction", "product_fraction", "head_fraction", "attention_fraction", "other_fraction")
     return dict(zip(names, np.median(shares, axis=0).tolist(), strict=True))
 

@@ -13,9 +13,10 @@ import numpy as np
 
 from bitnet_ref.measure.model_bench import measure_model
 from bitnet_ref.reference.config import PRESETS, ModelConfig
-from bitnet_ref.reference.head import FloatTable
+from bitnet_ref.reference.head import GROUP_ROWS, FloatTable, GroupedTable
 from bitnet_ref.reference.packing import PackedTernary, pack, schemes
 from bitnet_ref.runtime.model import EMBEDDING, HEAD, Model, encode_table, head_type
+from bitnet_ref.runtime.steps import grouped
 
 __all__ = ["HEADS", "measure_model_speed"]
 
@@ -83,8 +84,11 @@ def measure_models(
     return rows
 
 
-def _table(name: str, shape: tuple[int, ...], head: str, rng: np.random.Generator) -> FloatTable:
+def _table(name: str, shape: tuple[int, ...], head: str, rng: np.random.Generator) -> FloatTable | GroupedTable:
     """A table of repeated random rows, in memory of its own."""
     values = rng.standard_normal((min(_TABLE_ROWS, shape[0]), shape[1]), np.float32) * np.float32(shape[1] ** -0.5)
-    raw = encode_table(name, values, head_type(head)).raw
-    return FloatTable(np.resize(raw, (shape[0], raw.shape[1])), head_type(head), shape[1])
+    drawn = grouped(encode_table(name, values, head_type(head)))
+    if isinstance(drawn, FloatTable):
+        return FloatTable(np.resize(drawn.raw, (shape[0], drawn.raw.shape[1])), drawn.type, shape[1])
+    groups = -(-shape[0] // GROUP_ROWS)
+    return GroupedTable(np.resize(drawn.data, (groups, drawn.data.shape[1])), drawn.type, *shape)

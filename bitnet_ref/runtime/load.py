@@ -12,11 +12,11 @@ from bitnet_ref.errors import FormatError
 from bitnet_ref.formats import FloatTensor, TernaryTensor, open_checkpoint
 from bitnet_ref.formats.float_types import check_float_type, encode_floats
 from bitnet_ref.reference.config import ModelConfig, canonical_name
-from bitnet_ref.reference.head import TABLE_TYPES, FloatTable
+from bitnet_ref.reference.head import TABLE_TYPES, FloatTable, GroupedTable
 from bitnet_ref.reference.packing import get_scheme
 from bitnet_ref.runtime.model import EMBEDDING, HEAD, Model, head_type
 from bitnet_ref.runtime.sparse import check_sparse
-from bitnet_ref.runtime.steps import TiedTable
+from bitnet_ref.runtime.steps import TiedTable, make_table
 from bitnet_ref.runtime.tokenizer import tokenizer_from_checkpoint
 
 __all__ = ["load"]
@@ -109,7 +109,7 @@ def _floats(path: Any, tensor: FloatTensor, must_be_ternary: bool) -> np.ndarray
     return tensor.to_float32()
 
 
-def _embedding(tensor: FloatTensor, stored: str, tied: bool) -> FloatTable | TiedTable:
+def _embedding(tensor: FloatTensor, stored: str, tied: bool) -> FloatTable | GroupedTable | TiedTable:
     """The embedding as the file has it, mapped, and the head beside it if they are one tensor."""
     head = _table(tensor, stored) if tied else None
     if tensor.type in TABLE_TYPES:
@@ -119,18 +119,12 @@ def _embedding(tensor: FloatTensor, stored: str, tied: bool) -> FloatTable | Tie
     return embedding if head is None else TiedTable(embedding, head)
 
 
-def _table(tensor: FloatTensor, stored: str) -> FloatTable:
-    """The head in the type asked for: mapped if the file has it so, else encoded some MiB at a time."""
-    rows, columns = tensor.shape
-    check_float_type(tensor.name, columns, stored)
+def _table(tensor: FloatTensor, stored: str) -> FloatTable | GroupedTable:
+    """The head in the type asked for: of floats mapped if the file has it so, else made some MiB at a time."""
+    check_float_type(tensor.name, tensor.shape[1], stored)
+    if tensor.type == stored and TABLE_TYPES[stored][0] == 1:
+        return FloatTable(tensor.raw(), stored, tensor.shape[1])
     if tensor.type == stored:
-        return FloatTable(tensor.raw(), stored, columns)
-    raw: np.ndarray | None = None
-    for first, _, values in tensor.chunks():
-        encoded = encode_floats(tensor.name, values, stored)
-        if raw is None:
-            raw = np.empty((rows, encoded.shape[1]), np.uint8)
-        raw[first : first + len(encoded)] = encoded
-    if raw is None:
-        raise FormatError(f"tensor {tensor.name} must not be empty")
-    return FloatTable(raw, stored, columns)
+        return make_table(tensor.raw_chunks(), tensor.shape, stored)
+    encoded = (encode_floats(tensor.name, values, stored).reshape(len(values), -1) for _, _, values in tensor.chunks())
+    return make_table(encoded, tensor.shape, stored)

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from bitnet_ref import kernels
-from bitnet_ref.formats.float_types import FLOAT_TYPES, check_float_type, encode_floats, row_bytes
+from bitnet_ref.formats.float_types import FLOAT_TYPES, check_float_type, encode_floats
 from bitnet_ref.reference.attention import KVCache
 from bitnet_ref.reference.config import ModelConfig
-from bitnet_ref.reference.head import TABLE_TYPES, FloatTable
+from bitnet_ref.reference.head import GROUP_ROWS, TABLE_TYPES, FloatTable, GroupedTable
 from bitnet_ref.reference.model import Steps, forward
 from bitnet_ref.reference.packing import PackedTernary, get_scheme, pack
 from bitnet_ref.runtime.sparse import check_sparse, listed_rows
-from bitnet_ref.runtime.steps import TernaryLayer, TiedTable, apply_layer, compiled_steps, load_steps, plain_head
+from bitnet_ref.runtime.steps import (
+    TernaryLayer,
+    TiedTable,
+    apply_layer,
+    compiled_steps,
+    grouped,
+    load_steps,
+    make_table,
+    plain_head,
+)
 from bitnet_ref.runtime.tokenizer import Tokenizer
 
 __all__ = ["HEADS", "BatchCache", "Model", "head_type"]
@@ -142,6 +151,8 @@ class Model:
             raise ValueError(f"{name} must be {kind} in this network, got {type(weight).__name__}")
         if isinstance(weight, np.ndarray):
             return np.ascontiguousarray(weight, np.float32)
+        if name == (EMBEDDING if self.config.tied_head else HEAD):
+            return grouped(weight)
         return weight
 
     @classmethod
@@ -164,7 +175,7 @@ class Model:
                 weight = (pack(weight[0], scheme), weight[1])
             elif name in (EMBEDDING, HEAD):
                 tied_or_head = name == HEAD or config.tied_head
-                weight = encode_table(name, weight, head_type(head) if tied_or_head else "F32")
+                weight = make_table(*_encoded(name, weight, head_type(head) if tied_or_head else "F32"))
             prepared[name] = weight
         return cls(config, prepared, **options)
 
@@ -209,7 +220,7 @@ class Model:
             elif name in (EMBEDDING, HEAD):
                 scale = np.float32(shape[1] ** -0.5)
                 drawn = (rng.standard_normal((rows, shape[1]), np.float32) * scale for rows in _pieces(shape))
-                weights[name] = _encoded(name, drawn, shape, stored)
+                weights[name] = make_table(_encode(name, drawn, stored), shape, stored)
             else:
                 w_q = rng.integers(-1, 2, shape, np.int8)
                 if gate_zeros is not None and name.endswith(".mlp.gate_proj.weight"):
@@ -218,7 +229,7 @@ class Model:
         return cls(config, weights, **options)
 
     @property
-    def table(self) -> FloatTable | np.ndarray:
+    def table(self) -> FloatTable | GroupedTable | np.ndarray:
         """The head."""
         table = self.weights[EMBEDDING if self.config.tied_head else HEAD]
         return table.head if isinstance(table, TiedTable) else table
@@ -231,8 +242,9 @@ class Model:
         n_threads : int, optional
         wrap : callable(name, function) -> function, optional
             Put around every compiled function, to time it: ``product`` for products with ternary matrices that are
-            calls of their own, and the names of the steps, ``head`` among them. ``take_product_ns`` of the new model
-            gives the time of the products inside of steps since it was called last.
+            calls of their own, and the names of the steps, ``head`` and ``grouped_head`` among them.
+            ``take_product_ns`` of the new model gives the time of the products inside of steps since it was called
+            last.
         """
         other = copy.copy(self)
         other.n_threads = kernels.resolve_threads(n_threads)
@@ -370,23 +382,23 @@ _CACHES = {"f32": np.float32, "f16": np.float16}
 
 def encode_table(name: str, values: np.ndarray, stored: str) -> FloatTable:
     """A float matrix as a table of that type, encoded in pieces."""
+    return FloatTable(np.concatenate(list(_encoded(name, values, stored)[0])), stored, values.shape[1])
+
+
+def _encoded(name: str, values: np.ndarray, stored: str) -> tuple[Iterator[np.ndarray], tuple[int, ...], str]:
+    """Arguments of :func:`make_table` for a float matrix."""
     starts = np.cumsum([0, *_pieces(values.shape)])
     parts = (np.ascontiguousarray(values[i:j], np.float32) for i, j in itertools.pairwise(starts))
-    return _encoded(name, parts, values.shape, stored)
+    return _encode(name, parts, stored), values.shape, stored
 
 
-def _encoded(name: str, parts: Iterable[np.ndarray], shape: tuple[int, ...], stored: str) -> FloatTable:
-    """Rows that come in parts, as one table; beside it there is memory for one part."""
-    check_float_type(name, shape[1], stored)
-    raw = np.empty((shape[0], row_bytes(shape[1], stored)), np.uint8)
-    start = 0
+def _encode(name: str, parts: Iterable[np.ndarray], stored: str) -> Iterator[np.ndarray]:
     for part in parts:
-        raw[start : start + len(part)] = encode_floats(name, part, stored).reshape(len(part), -1)
-        start += len(part)
-    return FloatTable(raw, stored, shape[1])
+        check_float_type(name, part.shape[1], stored)
+        yield encode_floats(name, part, stored).reshape(len(part), -1)
 
 
 def _pieces(shape: tuple[int, ...]) -> list[int]:
-    """Numbers of rows that together are all, each about four million values."""
-    step = max(1, (1 << 22) // shape[1])
+    """Numbers of rows that together are all, each about four million values and, but for the last, whole groups."""
+    step = max(GROUP_ROWS, (1 << 22) // shape[1] // GROUP_ROWS * GROUP_ROWS)
     return [min(step, shape[0] - i) for i in range(0, shape[0], step)]

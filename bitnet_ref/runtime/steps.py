@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from bitnet_ref.errors import KernelUnavailable
 from bitnet_ref.kernels import ISAS
 from bitnet_ref.reference import model as network
 from bitnet_ref.reference.attention import attention as reference_attention
-from bitnet_ref.reference.head import FloatTable, head_logits
+from bitnet_ref.reference.head import GROUP_ROWS, TABLE_TYPES, FloatTable, GroupedTable, head_logits
 from bitnet_ref.reference.matmul import checked_scale
 from bitnet_ref.reference.model import Block, Steps
 from bitnet_ref.reference.model import linear as reference_linear
@@ -36,7 +36,9 @@ __all__ = [
     "TiedTable",
     "apply_layer",
     "compiled_steps",
+    "grouped",
     "load_steps",
+    "make_table",
     "plain_head",
     "step_isas",
 ]
@@ -91,8 +93,10 @@ def compiled_steps(ops: CompiledSteps, listed: Mapping[int, ListedRows] | None =
             reference_attention(q, k, v, scale, window, trace)  # for the scores and probabilities
         return ops.attention(q, k, v, scale, window)
 
-    def head(x: np.ndarray, table: np.ndarray | FloatTable | TiedTable) -> np.ndarray:
+    def head(x: np.ndarray, table: np.ndarray | FloatTable | GroupedTable | TiedTable) -> np.ndarray:
         table = table.head if isinstance(table, TiedTable) else table
+        if isinstance(table, GroupedTable):
+            return ops.grouped_head(x, table.data, table.type, table.rows)
         return ops.head(x, table.raw, table.type) if isinstance(table, FloatTable) else plain_head(x, table)
 
     def matrices(block: Block, x: np.ndarray, *tensors: str) -> tuple[Matrix, ...]:
@@ -148,11 +152,12 @@ class TiedTable:
 
     Parameters
     ----------
-    embedding, head : FloatTable of shape (V, K)
+    embedding : FloatTable of shape (V, K)
+    head : FloatTable or GroupedTable of the same shape
     """
 
     embedding: FloatTable
-    head: FloatTable
+    head: FloatTable | GroupedTable
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -164,7 +169,36 @@ class TiedTable:
         return self.embedding[rows]
 
 
-def plain_head(x: np.ndarray, table: np.ndarray | FloatTable | TiedTable) -> np.ndarray:
+def make_table(parts: Iterable[np.ndarray], shape: Sequence[int], stored: str) -> FloatTable | GroupedTable:
+    """The head of encoded rows as :func:`compiled_steps` reads it: of integers in groups. Beside it there is one part.
+
+    Parameters
+    ----------
+    parts : iterable of ndarray (n, bytes of a row), uint8
+        In order; all but the last have whole groups of rows.
+    shape : (V, K)
+    stored : str
+        One of ``TABLE_TYPES``.
+    """
+    rows, columns = shape
+    block, block_bytes = TABLE_TYPES[stored]
+    together = GROUP_ROWS if block > 1 else 1
+    data, start = np.empty((-(-rows // together), columns // block * block_bytes * together), np.uint8), 0
+    for part in parts:
+        piece = load_steps().group_rows(part, stored) if block > 1 else part
+        data[start : start + len(piece)] = piece
+        start += len(piece)
+    return GroupedTable(data, stored, rows, columns) if block > 1 else FloatTable(data, stored, columns)
+
+
+def grouped(table: Any) -> Any:
+    """A head as :func:`make_table` gives it, of one that may be of stored rows."""
+    if isinstance(table, TiedTable):
+        return TiedTable(table.embedding, grouped(table.head))
+    return make_table([table.raw], table.shape, table.type) if isinstance(table, FloatTable) else table
+
+
+def plain_head(x: np.ndarray, table: np.ndarray | FloatTable | GroupedTable | TiedTable) -> np.ndarray:
     """The reference's head, for every kind of table that a model holds."""
     return head_logits(x, table.head if isinstance(table, TiedTable) else table)
 

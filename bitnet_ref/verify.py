@@ -23,6 +23,7 @@ __all__ = ["OPS", "Case", "VerificationError", "VerifyReport", "cases", "check",
 OPS = (*kernels.PRODUCTS, "lut", *kernels.ROW_PRODUCTS)
 """The ops that are verified."""
 
+_PANEL_TILES = 16  # of panel_rows.pyx.j2, or a multiple of those
 _TABLES = {"tl1": tables_tl1, "tl2": tables_tl2}
 
 
@@ -91,6 +92,13 @@ def cases(name: KernelName, rng: np.random.Generator, examples: int) -> Iterator
                     np.full((tokens[-1], k), activation, np.int8),
                     2,
                 )
+    if name.op == "gemm":  # what many tokens and many rows go through, see panel_rows.pyx.j2
+        m = _PANEL_TILES * rows
+        for t, extra, k in ((24, 0, block), (29, 1, 512 + block), (31, m + rows, 1024 + block + 3)):
+            yield Case("panels", _weights(rng, m + extra, k), _activations(rng, t, k), 1 + t % 2)
+        for weight, activation in ((1, 127), (1, -128), (-1, 127), (-1, -128)):
+            weights, activations = np.full((m, 4096), weight, np.int8), np.full((29, 4096), activation, np.int8)
+            yield Case(f"panels, all weights {weight}, all activations {activation}", weights, activations, 2)
     if name.op != "lut":
         k = kernels.SEGMENT_COLUMNS + block + 1  # more than one segment
         yield Case("long rows", _weights(rng, 2, k), _activations(rng, 2, k), 2)

@@ -24,7 +24,7 @@ LIMIT = 1.10
 """A count may grow by this factor before the test fails."""
 
 # Tokens, columns (whole blocks of every scheme) and tiles. A tile of a table scheme holds 64 rows.
-SIZES = {"gemv": (1, 960, 8), "gemm": (20, 576, 16)}
+SIZES = {"gemv": (1, 960, 8), "gemm": (30, 576, 16)}
 SIZES_TABLES = {"gemv": (1, 576, 2), "gemm": (4, 576, 1)}
 
 PTRACE_PEEKUSER, PTRACE_CONT, PTRACE_SINGLESTEP = 3, 7, 9

@@ -600,6 +600,14 @@ cdef class Steps:
             self.call.activate(source + i * part, target + i * part, min(part, n - i * part), kind)
         return y
 
+    cdef void _attend_one(self, const float* q, Py_ssize_t heads, const char* k, Py_ssize_t k_token, const char* v,
+                          Py_ssize_t v_token, Py_ssize_t n, Py_ssize_t seen, Py_ssize_t d, int half, float scale,
+                          float* scratch, float* out) noexcept nogil:
+        # The last `seen` of n tokens.
+        cdef Py_ssize_t first = n - seen if n > seen else 0
+        self.call.attend(q, heads, k + first * k_token, k_token, v + first * v_token, v_token, n - first, d, half, scale,
+                         scratch, out)
+
     def attention(self, q, k, v, float scale, window=None):
         """As reference.attention.attention; k and v float32 or float16, of any strides but along D."""
         cdef _View a = _contiguous(q, float32, "q", 3)
@@ -616,13 +624,13 @@ cdef class Steps:
         cdef Py_ssize_t seen = n if window is None else max(1, window)
         out = np.empty(q.shape, float32)
         cdef _View o = _View(out, float32, "out")
-        cdef Py_ssize_t group = heads // kv_heads, split = 1, item, t, head, part, first, last, parts
+        cdef Py_ssize_t group = heads // kv_heads, item, t, head, half_group, count, first, last
         cdef int n_threads = self.n_threads
-        # Threads share the key/value heads of each token; the query heads of one are cut in two where that fills them.
-        if tokens * kv_heads % n_threads and group % 2 == 0:
-            split = 2
-        parts = kv_heads * split
-        group //= split
+        # Threads share the key/value heads of each token; those that are left over are cut in two, half of the query heads each.
+        cdef Py_ssize_t items = tokens * kv_heads, whole = items
+        if items % n_threads and group % 2 == 0:
+            whole = items // n_threads * n_threads
+        cdef Py_ssize_t total = whole + 2 * (items - whole)
         cdef Py_ssize_t scratch_size = STEP_ATTEND_SCRATCH(min(n, seen), d)
         cdef float* scratch = <float*>malloc(n_threads * scratch_size * sizeof(float))
         if scratch == NULL:
@@ -633,21 +641,21 @@ cdef class Steps:
         cdef float* target = <float*>o.buffer.buf
         cdef Py_ssize_t k_token = b.buffer.strides[0], k_head = b.buffer.strides[1]
         cdef Py_ssize_t v_token = c.buffer.strides[0], v_head = c.buffer.strides[1]
-        cdef Py_ssize_t worker, total = tokens * parts
+        cdef Py_ssize_t worker
         with nogil:
             for worker in prange(n_threads, num_threads=n_threads, schedule='static', chunksize=1):
                 # Interleaved, because later tokens see more.
                 item = worker
                 while item < total:
-                    t = item // parts
-                    head = item % parts // split
-                    last = n - tokens + t + 1
-                    first = last - seen if last > seen else 0
-                    self.call.attend(queries + (t * parts + item % parts) * group * d, group,
-                                     keys + first * k_token + head * k_head, k_token,
-                                     values + first * v_token + head * v_head, v_token,
-                                     last - first, d, half, scale, scratch + worker * scratch_size,
-                                     target + (t * parts + item % parts) * group * d)
+                    half_group = (item - whole) % 2 if item >= whole else 0
+                    count = group // 2 if item >= whole else group
+                    t = whole + (item - whole) // 2 if item >= whole else item
+                    head = t % kv_heads
+                    first = t * group + half_group * count  # of the query heads of all tokens
+                    t = t // kv_heads
+                    self._attend_one(queries + first * d, count, keys + head * k_head, k_token, values + head * v_head,
+                                     v_token, n - tokens + t + 1, seen, d, half, scale, scratch + worker * scratch_size,
+                                     target + first * d)
                     item = item + n_threads
         free(scratch)
         return out

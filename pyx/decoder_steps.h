@@ -150,6 +150,30 @@ STEP_INLINE float half_to_float(uint16_t h) {
     return value;
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+/* half_to_float, eight at a time */
+STEP_INLINE __m256 eight_halves(const uint8_t *p) {
+    const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+    const __m256i low = _mm256_slli_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x7fff)), 13);
+    const __m256i minus = _mm256_slli_epi32(_mm256_srli_epi32(bits, 15), 31);
+    return _mm256_or_ps(_mm256_mul_ps(_mm256_castsi256_ps(low), _mm256_set1_ps(0x1p112f)), _mm256_castsi256_ps(minus));
+}
+#endif
+
+/* Sixteen at a time. */
+STEP_INLINE void halves_to_floats(const char *halves, float *to) {
+#if defined(__AVX512F__)
+    _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)halves)));
+#elif defined(__AVX2__)
+    _mm256_storeu_ps(to, eight_halves((const uint8_t *)halves));
+    _mm256_storeu_ps(to + 8, eight_halves((const uint8_t *)halves + 16));
+#else
+    uint16_t bits[16];
+    memcpy(bits, halves, 32);
+    for (int i = 0; i < 16; i++) to[i] = half_to_float(bits[i]);
+#endif
+}
+
 /* exp(x) in float64 for x <= 709: x = n ln 2 + r, a Taylor polynomial of degree 13 on |r| <= ln 2 / 2 (remainder
  * 0.3466^14 / 14! = 4e-18), times 2^n. Relative error below 4e-16. Below -708 the result is 0. */
 STEP_INLINE double exp_f64(double x) {
@@ -303,12 +327,12 @@ STEP_INLINE const float *cache_rows(const char *rows, ptrdiff_t stride, ptrdiff_
         float *to = copy + s * padded;
         const char *row = rows + s * stride;
         if (half) {
-            uint16_t bits[16];
-            for (ptrdiff_t i = 0; i < padded; i += 16) {
-                const ptrdiff_t n = d - i < 16 ? d - i : 16;
-                if (n < 16) memset(bits, 0, sizeof(bits));
-                memcpy(bits, row + 2 * i, n == 16 ? 32 : 2 * (size_t)n);
-                for (int j = 0; j < 16; j++) to[i + j] = half_to_float(bits[j]);
+            ptrdiff_t i = 0;
+            for (; i + 16 <= d; i += 16) halves_to_floats(row + 2 * i, to + i);
+            if (i < d) {
+                char last[32] = {0};
+                memcpy(last, row + 2 * i, 2 * (size_t)(d - i));
+                halves_to_floats(last, to + i);
             }
         } else {
             memcpy(to, row, 4 * (size_t)d);
@@ -316,6 +340,33 @@ STEP_INLINE const float *cache_rows(const char *rows, ptrdiff_t stride, ptrdiff_
         }
     }
     return copy;
+}
+
+/* Sums of a few heads, for 16 * `vectors` columns, in registers: row after row, so that a row is one run of bytes. Column after
+ * column, with a run of 64 bytes in each of the rows, took three times as long. */
+#if defined(__AVX512F__)
+#define VALUE_HEADS 2
+#define VALUE_VECTORS 8
+#else
+#define VALUE_HEADS 1
+#define VALUE_VECTORS 4
+#endif
+STEP_INLINE void add_values(int heads, int vectors, const float *values, ptrdiff_t row_floats, ptrdiff_t count,
+                            const float *scores, ptrdiff_t stride, float *sums, ptrdiff_t padded, int ahead) {
+    vec_f32 sum[VALUE_HEADS][VALUE_VECTORS][NF];
+    for (int g = 0; g < heads; g++)
+        for (int i = 0; i < vectors; i++) memcpy(sum[g][i], sums + g * padded + 16 * i, 64);
+    for (ptrdiff_t s = 0; s < count; s++, values += row_floats)
+        for (int i = 0; i < vectors; i++) {
+            if (ahead) __builtin_prefetch(values + 8 * row_floats + 16 * i);
+            for (int w = 0; w < NF; w++) {
+                vec_f32 value;
+                memcpy(&value, values + 16 * i + w * (WIDTH / 4), WIDTH);
+                for (int g = 0; g < heads; g++) sum[g][i][w] += scores[g * stride + s] * value;
+            }
+        }
+    for (int g = 0; g < heads; g++)
+        for (int i = 0; i < vectors; i++) memcpy(sums + g * padded + 16 * i, sum[g][i], 64);
 }
 
 /* G query heads at a time, so that a key or value is loaded once for all of them; `q`, `sums` and `scores` are G rows of
@@ -363,21 +414,18 @@ STEP_INLINE void attend_heads(int G, int half, const float *q, const char *k, pt
     for (ptrdiff_t first = 0; first < n; first += ATTEND_ROWS) {
         const ptrdiff_t count = n - first < ATTEND_ROWS ? n - first : ATTEND_ROWS;
         const float *values = cache_rows(v + first * v_stride, v_stride, count, d, half, copy, &row_floats);
-        for (ptrdiff_t i = 0; i < padded; i += 16) {
-            vec_f32 sum[4][NF];
-            for (int g = 0; g < G; g++) memcpy(sum[g], sums + g * padded + i, 64);
-            /* These short runs, a row apart, are more than the hardware foresees: ask for a share of the next rows. */
-            if (!half)
-                for (ptrdiff_t line = i * ATTEND_ROWS * 4; line < (i + 16) * ATTEND_ROWS * 4; line += 64)
-                    __builtin_prefetch((const char *)values + ATTEND_ROWS * v_stride + line);
-            for (ptrdiff_t s = 0; s < count; s++)
-                for (int w = 0; w < NF; w++) {
-                    vec_f32 value;
-                    memcpy(&value, values + s * row_floats + i + w * (WIDTH / 4), WIDTH);
-                    for (int g = 0; g < G; g++) sum[g][w] += scores[g * stride + first + s] * value;
-                }
-            for (int g = 0; g < G; g++) memcpy(sums + g * padded + i, sum[g], 64);
-        }
+        for (int g = 0; g < G; g += VALUE_HEADS)
+            for (ptrdiff_t i = 0, width; i < padded; i += width) {
+                const float *p = scores + g * stride + first, *at = values + i;
+                float *sum = sums + g * padded + i;
+                const int heads = G < VALUE_HEADS ? G : VALUE_HEADS;
+                width = padded - i >= 16 * VALUE_VECTORS ? 16 * VALUE_VECTORS : padded - i >= 64 ? 64 : 16;
+#define CALL(VECTORS) add_values(heads, VECTORS, at, row_floats, count, p, stride, sum, padded, g == 0 && !half)
+                if (width == 16 * VALUE_VECTORS) CALL(VALUE_VECTORS);
+                else if (width == 64) CALL(4);
+                else CALL(1);
+#undef CALL
+            }
     }
     for (int g = 0; g < G; g++)
         for (ptrdiff_t i = 0; i < d; i++) out[g * d + i] = sums[g * padded + i] / total[g];
@@ -603,13 +651,6 @@ STEP_INLINE row_sums scales_load(const uint8_t *p) {
 }
 STEP_INLINE row_sums sums_add_product(row_sums a, row_sums b, row_sums c) {
     return (row_sums)BOTH(_mm256_add_epi32(a.v[h], _mm256_mullo_epi32(b.v[h], c.v[h])));
-}
-/* half_to_float, eight at a time */
-STEP_INLINE __m256 eight_halves(const uint8_t *p) {
-    const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
-    const __m256i low = _mm256_slli_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x7fff)), 13);
-    const __m256i minus = _mm256_slli_epi32(_mm256_srli_epi32(bits, 15), 31);
-    return _mm256_or_ps(_mm256_mul_ps(_mm256_castsi256_ps(low), _mm256_set1_ps(0x1p112f)), _mm256_castsi256_ps(minus));
 }
 STEP_INLINE row_floats halves_load(const uint8_t *p) { return (row_floats)BOTH(eight_halves(p + 16 * h)); }
 STEP_INLINE row_floats floats_add(row_floats a, row_sums sums, row_floats d, float scale) {

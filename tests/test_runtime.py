@@ -28,6 +28,7 @@ from bitnet_ref.reference.norm import rms_norm
 from bitnet_ref.reference.packing import pack, schemes
 from bitnet_ref.reference.quantize import quantize_activations
 from bitnet_ref.reference.rope import frequencies, rotate, rotations
+from bitnet_ref.runtime import pages
 from bitnet_ref.runtime.model import HEADS, PREFILL_TOKENS, Model
 from bitnet_ref.runtime.perplexity import perplexity
 from bitnet_ref.runtime.sampling import Sampler, log_softmax
@@ -497,6 +498,28 @@ def test_random_model():
         w.w_packed.nbytes for n, w in model.weights.items() if n in config.linear_shapes()
     )
     assert model.cache_bytes_per_token() == 2 * 2 * 2 * 14 * 4
+
+
+def test_matrices_are_packed_side_by_side_on_huge_pages(monkeypatch):
+    """Each begins a cache line behind the one before, the first of an array a huge page; they stay what they were."""
+    for piece in (pages.PIECE, 1):  # all in one array; an array for each
+        monkeypatch.setattr(pages, "PIECE", piece)
+        model = Model.random(BITNET)
+        layers = [model.weights[name].w_packed for name in BITNET.linear_shapes()]
+        begins = [layer.data.ctypes.data for layer in layers]
+        if piece == 1:
+            assert all(begin % (1 << 21) == 0 for begin in begins)
+        else:
+            assert begins[0] % (1 << 21) == 0
+            sizes = [-(-layer.nbytes // 64) * 64 for layer in layers]
+            assert np.diff(begins).tolist() == sizes[:-1]
+        rng = np.random.default_rng(0)
+        rng.standard_normal((203, 96), np.float32)
+        for name, shape in BITNET.linear_shapes().items():
+            layer = model.weights[name].w_packed
+            np.testing.assert_array_equal(layer.unpack(), rng.integers(-1, 2, shape, np.int8))
+            with pytest.raises(ValueError, match="read-only"):
+                layer.data[0, 0] = 0
 
 
 def test_with_threads_shares_weights():

@@ -24,6 +24,7 @@ from bitnet_ref.reference.packing import ROW_SCHEMES, PackedTernary, get_scheme
 from bitnet_ref.reference.quantize import quantize_activations
 from bitnet_ref.runtime import sparse as runtime_sparse
 from bitnet_ref.runtime.load import load
+from bitnet_ref.runtime.pages import huge_array
 from bitnet_ref.runtime.steps import TernaryLayer, load_steps, step_isas
 
 SHAPES = [(1, 1), (3, 319), (4, 320), (5, 321), (33, 645), (70, 2560)]
@@ -409,10 +410,11 @@ def test_other_networks_are_refused(config, found):
             model_of(config, sparse=True)
 
 
-def test_rows_lie_at_the_beginning_of_a_huge_page():
-    for shape in ((1,), (3, 2, 1 << 20)):
-        array = runtime_sparse.huge_array(shape)
-        assert array.shape == shape and array.dtype == np.uint8 and array.ctypes.data % (1 << 21) == 0
+def test_rows_lie_together_at_the_beginning_of_a_huge_page(monkeypatch):
+    made = []
+    monkeypatch.setattr(runtime_sparse, "huge_array", lambda shape: made.append(huge_array(shape)) or made[-1])
+    model_of(RELU2, sparse=True)
+    assert [array.shape for array in made] == [(2, 2, 700, 128)] and made[0].ctypes.data % (1 << 21) == 0
 
 
 # --- the measurement ------------------------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ import numpy as np
 from bitnet_ref.measure.model_bench import measure_model
 from bitnet_ref.reference.config import PRESETS, ModelConfig
 from bitnet_ref.reference.head import GROUP_ROWS, FloatTable, GroupedTable
-from bitnet_ref.reference.packing import PackedTernary, pack, schemes
+from bitnet_ref.reference.packing import pack, schemes
 from bitnet_ref.runtime.model import EMBEDDING, HEAD, Model, encode_table, head_type
+from bitnet_ref.runtime.pages import HugePages
 from bitnet_ref.runtime.steps import grouped
 
 __all__ = ["HEADS", "measure_model_speed"]
@@ -59,8 +60,9 @@ def measure_models(
     rows = []
     for i, scheme in enumerate(packings):
         packed = {shape: pack(w_q, scheme) for shape, w_q in drawn.items()}
+        pages = HugePages()
         layers = {
-            name: (PackedTernary(packed[shape].data.copy(), shape, scheme), np.float32((1.5 / shape[1]) ** 0.5))
+            name: (pages.place(packed[shape]), np.float32((1.5 / shape[1]) ** 0.5))
             for name, shape in config.linear_shapes().items()
         }
         for j, head in enumerate(heads):

@@ -27,7 +27,7 @@ from bitnet_ref.reference.packing import PackedTernary, pack
 from bitnet_ref.reference.packing.base import freeze
 from bitnet_ref.reference.quantize import quantize_activations
 from bitnet_ref.runtime.load import load
-from bitnet_ref.runtime.sparse import huge_array
+from bitnet_ref.runtime.pages import huge_array
 
 __all__ = ["SPARSITIES", "measure_model", "measure_speed"]
 

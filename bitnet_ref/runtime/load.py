@@ -15,6 +15,7 @@ from bitnet_ref.reference.config import ModelConfig, canonical_name
 from bitnet_ref.reference.head import TABLE_TYPES, FloatTable, GroupedTable
 from bitnet_ref.reference.packing import get_scheme
 from bitnet_ref.runtime.model import EMBEDDING, HEAD, Model, head_type
+from bitnet_ref.runtime.pages import HugePages
 from bitnet_ref.runtime.sparse import check_sparse
 from bitnet_ref.runtime.steps import TiedTable, make_table
 from bitnet_ref.runtime.tokenizer import tokenizer_from_checkpoint
@@ -81,10 +82,12 @@ def load(
     if sparse:
         check_sparse(config)
     weights: dict[str, Any] = {}
+    pages = HugePages()
     for done, entry in enumerate(checkpoint.entries.values(), 1):
         name, tensor = canonical_name(entry.name), entry.load()
         if isinstance(tensor, TernaryTensor):
-            weights[name] = (tensor.packed(scheme), tensor.w_scale)
+            packed = tensor.packed(scheme)
+            weights[name] = (packed if packed is tensor.stored else pages.place(packed), tensor.w_scale)
         elif name == HEAD:
             if not config.tied_head:  # else a copy of the embedding that some files carry along
                 weights[name] = _table(tensor, stored)

@@ -17,6 +17,7 @@ from bitnet_ref.reference.config import ModelConfig
 from bitnet_ref.reference.head import GROUP_ROWS, TABLE_TYPES, FloatTable, GroupedTable
 from bitnet_ref.reference.model import Steps, forward
 from bitnet_ref.reference.packing import PackedTernary, get_scheme, pack
+from bitnet_ref.runtime.pages import HugePages
 from bitnet_ref.runtime.sparse import check_sparse, listed_rows
 from bitnet_ref.runtime.steps import (
     TernaryLayer,
@@ -170,9 +171,10 @@ class Model:
         """
         get_scheme(scheme)
         prepared: dict[str, Any] = {}
+        pages = HugePages()
         for name, weight in weights.items():
             if isinstance(weight, tuple) and not isinstance(weight[0], PackedTernary):
-                weight = (pack(weight[0], scheme), weight[1])
+                weight = (pages.place(pack(weight[0], scheme)), weight[1])
             elif name in (EMBEDDING, HEAD):
                 tied_or_head = name == HEAD or config.tied_head
                 weight = make_table(*_encoded(name, weight, head_type(head) if tied_or_head else "F32"))
@@ -214,6 +216,7 @@ class Model:
         stored, rng = head_type(head), np.random.default_rng(seed)
         get_scheme(scheme)
         weights: dict[str, Any] = {}
+        pages = HugePages()
         for name, shape in config.tensor_shapes().items():
             if len(shape) == 1:
                 weights[name] = np.full(shape, 0 if name.endswith(".bias") else 1 - config.norm_offset, np.float32)
@@ -225,7 +228,7 @@ class Model:
                 w_q = rng.integers(-1, 2, shape, np.int8)
                 if gate_zeros is not None and name.endswith(".mlp.gate_proj.weight"):
                     w_q[rng.permutation(shape[0])[: round(shape[0] * (2 * gate_zeros - 1))]] = 0
-                weights[name] = (pack(w_q, scheme), np.float32((1.5 / shape[1]) ** 0.5))
+                weights[name] = (pages.place(pack(w_q, scheme)), np.float32((1.5 / shape[1]) ** 0.5))
         return cls(config, weights, **options)
 
     @property

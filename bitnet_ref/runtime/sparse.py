@@ -14,15 +14,14 @@ from bitnet_ref import kernels
 from bitnet_ref.reference.config import ModelConfig
 from bitnet_ref.reference.packing import ROW_SCHEMES, get_scheme, pack
 from bitnet_ref.reference.packing.base import freeze
+from bitnet_ref.runtime.pages import huge_array
 from bitnet_ref.runtime.steps import ListedRows
 
-__all__ = ["SPARSE_FROM", "check_sparse", "huge_array", "listed_rows"]
+__all__ = ["SPARSE_FROM", "check_sparse", "listed_rows"]
 
 SPARSE_FROM = {"up": 0.8, "down": 0.7}
 """Share of zeros from which rows of W_up, and columns of W_down, are read singly: where that broke even with one
 thread. Two threads break even sooner (docs/sparse.md)."""
-
-HUGE_PAGE = 1 << 21
 
 
 def check_sparse(config: ModelConfig) -> None:
@@ -71,15 +70,3 @@ def listed_rows(config: ModelConfig, weights: Mapping[str, Any]) -> dict[int, Li
     freeze(data)
     most = [int(config.ffn * (1 - SPARSE_FROM[part])) for part in ("up", "down")]
     return {i: ListedRows(dot, add, *pair, config.hidden, *most) for i, pair in enumerate(data)}
-
-
-def huge_array(shape: tuple[int, ...]) -> np.ndarray:
-    """An uninitialised uint8 array that begins a huge page.
-
-    NumPy asks for huge pages for arrays of 4 MiB and more. A list of rows misses nearly every small page: with a matrix
-    in an array of its own, below that size, products with listed rows take 1.7 times as long.
-    """
-    n_bytes = int(np.prod(shape))
-    raw = np.empty(n_bytes + HUGE_PAGE, np.uint8)
-    start = -raw.ctypes.data % HUGE_PAGE
-    return raw[start : start + n_bytes].reshape(shape)

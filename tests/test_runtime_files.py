@@ -16,6 +16,7 @@ from bitnet_ref.commands.bench import bench
 from bitnet_ref.commands.model import COMMANDS, packaged_model
 from bitnet_ref.errors import FormatError
 from bitnet_ref.formats import convert
+from bitnet_ref.kernels import ISAS
 from bitnet_ref.reference.config import ModelConfig
 from bitnet_ref.reference.model import forward, random_weights, ternary_weights
 from bitnet_ref.runtime import sparse
@@ -258,7 +259,7 @@ def test_bench_command(folder):
 
 def test_sparse_commands(monkeypatch):
     """The text is that of the dense model; times of both kinds of steps apart, bytes as they were read."""
-    monkeypatch.setattr(sparse, "SPARSE_FROM", {"up": 2.0, "down": 0.0})
+    monkeypatch.setattr(sparse, "SPARSE_FROM", dict.fromkeys(ISAS, (2.0, 0.0)))
     taken = []
     monkeypatch.setattr(
         Model, "generate", lambda self, *rest, **options: taken.append(self) or generate(self, *rest, **options)

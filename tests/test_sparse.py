@@ -277,7 +277,7 @@ LIMITS = {"always": (0.0, 0.0), "never": (2.0, 2.0), "up": (0.0, 2.0), "down": (
 
 
 def set_limits(monkeypatch, up, down):
-    monkeypatch.setattr(runtime_sparse, "SPARSE_FROM", {"up": up, "down": down})
+    monkeypatch.setattr(runtime_sparse, "SPARSE_FROM", dict.fromkeys(kernels.ISAS, (up, down)))
 
 
 def decoded(model, prompt, n):
@@ -382,6 +382,16 @@ def network(rng, w_gate, w_up, gate_scale=0.01, up_scale=0.01):
     by_rows = [br.pack(np.ascontiguousarray(w), "base3r").data for w in (w_up, w_down.T)]
     listed = runtime_sparse.ListedRows(dot, add, *by_rows, w_up.shape[1], len(w_up), len(w_up))
     return [layer.matrix for layer in layers], listed
+
+
+@pytest.mark.parametrize("isa", step_isas())
+def test_limits_are_those_of_the_dense_instruction_set(monkeypatch, isa):
+    monkeypatch.setenv("BITNET_REF_ISA", isa)
+    monkeypatch.setattr(runtime_sparse, "SPARSE_FROM", {"avx512vbmi": (2.0, 2.0), isa: (0.0, 2.0)})
+    model = model_of(RELU2, sparse=True)
+    model.forward([1])
+    dense_isa = kernels.select("gemv", "base3").name.isa
+    assert model.take_sparse_counts()["up_listed"] == (2 if dense_isa == isa else 0)
 
 
 def test_other_tokens_are_dense(monkeypatch):

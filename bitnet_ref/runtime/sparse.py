@@ -19,9 +19,10 @@ from bitnet_ref.runtime.steps import ListedRows
 
 __all__ = ["SPARSE_FROM", "check_sparse", "listed_rows"]
 
-SPARSE_FROM = {"up": 0.8, "down": 0.7}
-"""Share of zeros from which rows of W_up, and columns of W_down, are read singly: where that broke even with one
-thread. Two threads break even sooner (docs/sparse.md)."""
+SPARSE_FROM = {"scalar": (0.3, 0.1), "avx2": (0.45, 0.45), "avx512vnni": (0.55, 0.6), "avx512vbmi": (0.7, 0.75)}
+"""Share of zeros from which rows of W_up, and columns of W_down, are read singly, by the instruction set of the dense
+product that they replace: where that broke even with one thread and dense ``base3`` (docs/sparse.md). Two threads break
+even sooner. Instruction sets without figures take the highest."""
 
 
 def check_sparse(config: ModelConfig) -> None:
@@ -68,5 +69,6 @@ def listed_rows(config: ModelConfig, weights: Mapping[str, Any]) -> dict[int, Li
         columns = weights[f"model.layers.{i}.mlp.down_proj.weight"].w_packed.unpack().T
         down[...] = pack(np.ascontiguousarray(columns), scheme).data
     freeze(data)
-    most = [int(config.ffn * (1 - SPARSE_FROM[part])) for part in ("up", "down")]
+    isa = kernels.select("gemv", weights["model.layers.0.mlp.up_proj.weight"].w_packed.scheme).name.isa
+    most = [int(config.ffn * (1 - share)) for share in SPARSE_FROM.get(isa, SPARSE_FROM["avx512vbmi"])]
     return {i: ListedRows(dot, add, *pair, config.hidden, *most) for i, pair in enumerate(data)}

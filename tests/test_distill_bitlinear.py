@@ -174,3 +174,27 @@ def test_a_clipped_weight_still_gets_its_gradient():
 def test_a_layer_that_could_not_sum_exactly_is_refused(n_inputs, n_outputs):
     with pytest.raises(ValueError, match="1 to 132104 inputs"):
         bitlinear.BitLinear(n_inputs, n_outputs)
+
+
+@pytest.mark.parametrize("quantizer", bitlinear.QUANTIZERS)
+def test_a_partly_quantised_layer_lies_between(quantizer):
+    """At strength 0 it is a linear layer; at 0.25 operands lie a quarter of the way; gradients pass the rounding."""
+    torch.manual_seed(3)
+    layer = bitlinear.BitLinear(64, 8, bias=True, quantizer=quantizer, block=32)
+    torch.nn.init.normal_(layer.weight)
+    torch.nn.init.normal_(layer.bias)
+    x = torch.randn(5, 64, requires_grad=True)
+    layer.strength = 0.0
+    torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+    layer.strength = 0.25
+    y = layer(x)
+    x_q, x_scale = bitlinear.quantize_activations(x.detach())
+    wide = torch.eye(64) * 127  # as activations these are exact and give the quantised weights back
+    layer.strength = 1.0
+    w = layer.weight.detach()
+    quantised = ((layer(wide) - layer.bias).detach() / 127).T
+    x_near, w_near = x.detach() * 0.75 + 0.25 * x_q * x_scale, w * 0.75 + 0.25 * quantised
+    torch.testing.assert_close(y, x_near @ w_near.T + layer.bias)
+    y.backward(torch.ones_like(y))
+    torch.testing.assert_close(x.grad, w_near.sum(0).expand(5, -1))
+    torch.testing.assert_close(layer.weight.grad, x_near.sum(0).expand(8, -1))

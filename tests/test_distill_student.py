@@ -51,6 +51,31 @@ def difference(a, b):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_subln_can_begin_with_the_size_of_its_input(kind):
+    """What leaves the norm is then, at the median token, as large as what came in; padding is not looked at."""
+    model = build(kind)
+    for block in model.model.layers:  # sizes far from 1, each its own
+        block.mlp.up_proj.weight.data *= 37.0
+    ids, mask = torch.from_numpy(TOKENS)[None], torch.ones(1, 20, dtype=torch.int64)
+    sizes = student.input_sizes(model, ids, mask)
+    names = [f"model.layers.{i}.{part}" for i in range(3) for part in ("self_attn.o_proj", "mlp.down_proj")]
+    assert sorted(sizes) == sorted(names) and len(set(sizes.values())) == 6
+    padded = torch.cat([ids, ids.new_full((1, 30), 7)], 1), torch.cat([mask, mask.new_zeros(1, 30)], 1)
+    assert student.input_sizes(model, *padded) == pytest.approx(sizes, rel=1e-5)
+    student.insert_subln(model, gains=sizes)
+    seen = {}
+    for name in names:
+        norm = model.get_submodule(name).norm
+        norm.register_forward_hook(lambda m, i, o, name=name: seen.update({name: o.square().mean(-1).sqrt().median()}))
+    logits(model)
+    first = {n: v for n, v in seen.items() if n == names[0]}  # what comes later gets other inputs than in the base
+    assert float(first[names[0]]) == pytest.approx(sizes[names[0]], rel=1e-3)
+    gains = {n: model.get_submodule(n).norm for n in names}
+    offset = float(kind == "Gemma3")
+    assert {n: float(norm.weight[0]) + offset for n, norm in gains.items()} == pytest.approx(sizes, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_folder_runs_as_the_model_does(kind, tmp_path):
     """SubLN gains and biases are drawn, so a norm in the wrong place, an offset too many or a lost bias shows."""
     model = build(kind)

@@ -16,8 +16,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="training needs the extra [distill]: no torch here")
 transformers = pytest.importorskip("transformers")
 
+from bitnet_ref.distill import bitlinear, objective, student, trainer  # noqa: E402
 from bitnet_ref.distill import losses as losses_module  # noqa: E402  (they import torch)
-from bitnet_ref.distill import objective, student, trainer  # noqa: E402
 from bitnet_ref.distill.config import Losses, Training  # noqa: E402
 from bitnet_ref.distill.teacher_cache import LiveTeacher, TeacherCache  # noqa: E402
 
@@ -221,6 +221,25 @@ def test_learning_rates_by_hand():
     assert trainer.learning_rate(0, replace(training, warm_up=0.0)) == 1.0
 
 
+def test_quantisation_rises_and_is_whole_where_it_counts(tmp_path):
+    """Over half of eight steps; evaluations, and the model afterwards, are fully quantised."""
+    training = replace(TRAINING, quantize_over=0.5, evaluate_every=2)
+    assert [trainer.quantize_strength(step, training) for step in range(8)] == [0, 0.25, 0.5, 0.75, 1, 1, 1, 1]
+    assert trainer.quantize_strength(0, TRAINING) == 1
+    made, seen = distillation(), []
+    layers = [m for m in made.scored.model.modules() if isinstance(m, bitlinear.BitLinear)]
+
+    def evaluate():
+        seen.append({layer.strength for layer in layers})
+        return {"score": 0.0}
+
+    plain = run(tmp_path / "plain", made=distillation())
+    run(tmp_path / "rising", training, made=made, evaluate=evaluate)
+    assert seen == [{1.0}] * 4 and {layer.strength for layer in layers} == {1.0}
+    first = [next(r["loss"] for r in rows(tmp_path / name)) for name in ("plain", "rising")]
+    assert plain.step == 8 and first[0] != first[1]
+
+
 def test_only_matrices_decay():
     made = trainer.make_optimizer(build(ternary=True), replace(TRAINING, weight_decay=0.5))
     assert [(group["weight_decay"], {p.ndim for p in group["params"]}) for group in made.param_groups] == [
@@ -281,7 +300,7 @@ def kill_at(folder, step):
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
-EVALUATED = replace(TRAINING, evaluate_every=2)
+EVALUATED = replace(TRAINING, evaluate_every=2, quantize_over=0.5)
 
 
 def evaluation(made):

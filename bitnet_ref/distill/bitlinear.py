@@ -164,6 +164,9 @@ class BitLinear(nn.Module):
     weight : parameter of shape (M, K), float32
         The master weight that training moves; initialised by the owner of the layer.
     bias : parameter of shape (M,), float32, or None
+    strength : float
+        1: as described. Below, weights and activations lie that share of the way from their values to their quantised
+        ones, and gradients pass unchanged: 0 is a layer of full precision. Training may begin below 1 and rise.
 
     Raises
     ------
@@ -189,11 +192,27 @@ class BitLinear(nn.Module):
             raise ValueError(f"the quantiser must be one of {', '.join(QUANTIZERS)}, got {quantizer!r}")
         if quantizer == "absmean-block" and (block < 1 or in_features % block):
             raise ValueError(f"block must be a positive divisor of K, got block {block} and K = {in_features}")
-        self.quantizer, self.block = quantizer, block
+        self.quantizer, self.block, self.strength = quantizer, block, 1.0
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Output of shape (..., M), float32, for x of shape (..., K)."""
-        y = _QuantizedMatmul.apply(x, self.weight, self.quantizer, self.block)
+        if self.strength < 1:
+            y = self._partly_quantized(x).float()
+        else:
+            y = _QuantizedMatmul.apply(x, self.weight, self.quantizer, self.block)
         return y if self.bias is None else y + self.bias
+
+    def _partly_quantized(self, x: Tensor) -> Tensor:
+        """The product of x + strength (Q(x) - x) and W + strength (Q(W) - W), without the bias."""
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            x_q, x_scale = quantize_activations(x.float())
+            x_step = self.strength * (x_q * x_scale - x)
+            if self.quantizer == "absmean-block":
+                w_q, w_scale = quantize_weights_blocks(self.weight, self.block)
+                w_scale = w_scale.repeat_interleave(self.block, 1)
+            else:
+                w_q, w_scale = (quantize_weights if self.quantizer == "absmean" else quantize_weights_b1)(self.weight)
+            w_step = self.strength * (w_q * w_scale - self.weight)
+        return nn.functional.linear(x + x_step, self.weight + w_step)

@@ -51,6 +51,8 @@ class Model:
     """Keys of the family's configuration in ``transformers``; the vocabulary is that of the tokenizer by default."""
     tokenizer: str = ""
     """Another tokenizer than that of `folder`: a folder, or ``synthetic``."""
+    attention: str = "sdpa"
+    """``sdpa`` or ``eager``, as in ``transformers``. On a processor, with texts of some 30 tokens, eager is faster."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,9 @@ class Student:
 
     subln: str = "output-projections"
     """Where SubLN goes: a key of :data:`bitnet_ref.distill.student.PLACEMENTS`."""
+    subln_gain: str = "one"
+    """What SubLN begins with: ``one``, as in [BitDistill], or ``input``, the usual size of what comes in without it,
+    measured on one batch, so that the network stays nearly what it was."""
     quantizer: str = "absmean"
     """Of weights: one of :data:`bitnet_ref.distill.bitlinear.QUANTIZERS`."""
     block: int = 256
@@ -174,6 +179,8 @@ class Training:
     autocast: str = "bfloat16"
     """``bfloat16`` or ``float32``."""
     gradient_checkpointing: bool = False
+    quantize_over: float = 0.0
+    """Share of the steps in which layers go from full precision to fully quantised; see ``BitLinear.strength``."""
     evaluate_every: int = 0
     """Steps between evaluations on the development set; 0 for one at the end. The best weights are kept."""
     patience: int = 0
@@ -209,8 +216,10 @@ class Config:
 
 _CHOICES = {
     ("model", "family"): ("", "Llama", "Qwen2", "Qwen3", "Gemma3"),
+    ("model", "attention"): ("sdpa", "eager"),
     ("data", "task"): ("classification", "summarisation"),
     ("student", "subln"): ("output-projections", "every-linear"),
+    ("student", "subln_gain"): ("one", "input"),
     ("student", "quantizer"): ("absmean", "b1", "absmean-block"),
     ("student", "start"): ("base", "teacher"),
     ("losses", "positions"): ("labels", "tokens"),
@@ -218,7 +227,7 @@ _CHOICES = {
 }
 _TRAINING_CHOICES = {"schedule": ("cosine", "linear", "constant"), "autocast": ("bfloat16", "float32")}
 _POSITIVE = ("steps", "batch", "accumulation", "learning_rate", "save_every", "context", "heads", "tau", "max_length")
-_SHARES = ("warm_up", "held_out")
+_SHARES = ("warm_up", "held_out", "quantize_over")
 
 
 def packaged() -> list[str]:

@@ -78,6 +78,7 @@ def load_base(model: Model, seed: int, vocabulary: int) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch 2.13 calls what it has deprecated itself
         found = _from_folder(model) if model.folder else _random(model, seed, vocabulary)
+    found.set_attn_implementation(model.attention)
     if found.config.vocab_size < vocabulary:
         raise ValueError(
             f"a model must have a row for each token, it has {found.config.vocab_size} and the tokenizer {vocabulary}"

@@ -38,7 +38,7 @@ from bitnet_ref.distill import data, models, synthetic, tasks
 from bitnet_ref.distill.config import STAGES, Config, Training, digest
 from bitnet_ref.distill.export import answer, export_student, round_tables
 from bitnet_ref.distill.objective import Distillation, LanguageModelling, Scored, compared_positions
-from bitnet_ref.distill.student import insert_subln, save_student, ternarise
+from bitnet_ref.distill.student import input_sizes, insert_subln, save_student, ternarise
 from bitnet_ref.distill.teacher_cache import LiveTeacher, TeacherCache
 from bitnet_ref.distill.text import END_OF_TEXT, TextEncoder, train_tokenizer
 from bitnet_ref.distill.trainer import Batch, Devices, load_weights, save_weights, train
@@ -505,9 +505,18 @@ class Run:
             model = self._teacher(seed)
         if name != "teacher":
             if name == "pretrain" or VARIANTS[name].subln:
-                insert_subln(model, self.config.student.subln)
+                insert_subln(model, self.config.student.subln, self._gains(model, seed))
             ternarise(model, self.config.student.quantizer, self.config.student.block)
         return model
+
+    def _gains(self, model: nn.Module, seed: int) -> dict[str, float] | None:
+        """What SubLN begins with."""
+        if self.config.student.subln_gain == "one":
+            return None
+        examples = self._limited(self.splits.train, self.config.data.train_limit)
+        batch = tasks.batches(self.task, self.encoder, examples, min(32, len(examples)), seed).batch(0)
+        ids, mask = (torch.from_numpy(batch[name]) for name in ("input_ids", "attention_mask"))
+        return input_sizes(model, ids, mask, self.config.student.subln)
 
     def _teacher(self, seed: int) -> nn.Module:
         self.stage("teacher", seed)

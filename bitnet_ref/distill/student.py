@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,45 @@ class NormedLinear(nn.Module):
         return self.linear(self.norm(x))
 
 
-def insert_subln(model: nn.Module, where: str = "output-projections") -> list[str]:
-    """Put a norm of unit gain before linear layers, in place.
+@torch.no_grad()
+def input_sizes(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, where: str = "output-projections"
+) -> dict[str, float]:
+    """The median over tokens of the root mean square of what linear layers read: gains with which SubLN keeps it.
+
+    Parameters
+    ----------
+    model : Module
+        A causal language model of one of the families, without SubLN.
+    input_ids, attention_mask : tensor of shape (B, T), int64
+    where : str
+        A key of :data:`PLACEMENTS`.
+
+    Returns
+    -------
+    dict of str to float
+        By the name of the layer.
+    """
+    _check_placement(model, where)
+    found: dict[str, float] = {}
+    with ExitStack() as hooks:
+        for name, block, path in _linears(model, PLACEMENTS[where]):
+
+            def note(module: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+                sizes = inputs[0].float().square().mean(-1).sqrt()  # (B, T)
+                # The median: in some layers the first token of a text is a thousand times as large as all others.
+                found[name] = float(sizes[attention_mask.bool()].median())
+
+            hooks.callback(block.get_submodule(path).register_forward_pre_hook(note).remove)
+        model.eval()
+        model.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return found
+
+
+def insert_subln(
+    model: nn.Module, where: str = "output-projections", gains: Mapping[str, float] | None = None
+) -> list[str]:
+    """Put a norm before linear layers, in place; of unit gain unless `gains` says otherwise.
 
     Parameters
     ----------
@@ -69,6 +106,8 @@ def insert_subln(model: nn.Module, where: str = "output-projections") -> list[st
         A causal language model of one of the families.
     where : str
         A key of :data:`PLACEMENTS`.
+    gains : mapping of str to float, optional
+        One number for all columns, by the name of the layer, as :func:`input_sizes` gives them.
 
     Returns
     -------
@@ -85,11 +124,10 @@ def insert_subln(model: nn.Module, where: str = "output-projections") -> list[st
     The norm is of the model's own class with its epsilon. Inserted into a trained network it *changes* it, although its
     gain is 1: each token's input is divided by its root mean square, so the output of ``o_proj`` and ``down_proj`` has
     lost its size, and with it their share in the residual stream. On the input of a following :class:`BitLinear` the
-    division alone does nothing but to the scale. [BitDistill] lets continued pre-training repair this.
+    division alone does nothing but to the scale. [BitDistill] lets continued pre-training repair this. With the usual
+    size of the input as its gain, most tokens keep theirs, and little is to be repaired.
     """
-    _check_family(model)
-    if where not in PLACEMENTS:
-        raise ValueError(f"SubLN goes to one of {', '.join(PLACEMENTS)}, got {where!r}")
+    _check_placement(model, where)
     found = []
     for name, block, path in _linears(model, PLACEMENTS[where]):
         linear = block.get_submodule(path)
@@ -98,6 +136,8 @@ def insert_subln(model: nn.Module, where: str = "output-projections") -> list[st
         like = block.input_layernorm
         eps = like.eps if hasattr(like, "eps") else like.variance_epsilon
         norm = type(like)(linear.in_features, eps=eps).to(like.weight.device, like.weight.dtype)
+        if gains is not None:
+            norm.weight.data += gains[name] - 1  # from 1, or in Gemma from 0, which stands for 1
         block.set_submodule(path, NormedLinear(norm, linear))
         found.append(name)
     return found
@@ -266,6 +306,12 @@ def capture_qkv(model: nn.Module, layer: int, *, after_rope: bool = False) -> It
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _check_placement(model: nn.Module, where: str) -> None:
+    _check_family(model)
+    if where not in PLACEMENTS:
+        raise ValueError(f"SubLN goes to one of {', '.join(PLACEMENTS)}, got {where!r}")
 
 
 def _check_family(model: nn.Module) -> None:

@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 
+from bitnet_ref.distill.bitlinear import BitLinear
 from bitnet_ref.distill.config import Training
 from bitnet_ref.errors import BitnetRefError
 
@@ -164,6 +165,19 @@ def learning_rate(step: int, training: Training) -> float:
     return training.learning_rate * factor[training.schedule]
 
 
+def quantize_strength(step: int, training: Training) -> float:
+    """How far step `step`, from 0, quantises: rises evenly over ``training.quantize_over`` of the steps, then 1."""
+    rise = round(training.quantize_over * training.steps)
+    return min(1.0, step / rise) if rise else 1.0
+
+
+def set_strength(model: nn.Module, strength: float) -> None:
+    """Give all ternary layers this :attr:`~bitnet_ref.distill.bitlinear.BitLinear.strength`."""
+    for layer in model.modules():
+        if isinstance(layer, BitLinear):
+            layer.strength = strength
+
+
 def make_optimizer(model: nn.Module, training: Training) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; only matrices decay."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -256,11 +270,13 @@ def train(
             every = training.evaluate_every or training.steps
             if evaluate and (run.step % every == 0 or last):
                 model.eval()
+                set_strength(model, 1.0)  # what is kept is to work fully quantised
                 run.judge(evaluate())
                 model.train()
             if run.step % training.save_every == 0 or last or run.stopped_early:
                 run.save()
     model.eval()
+    set_strength(model, 1.0)
     if run.best_step not in (0, run.step):
         load_weights(folder / "best.safetensors", model)
     return Result(run.step, run.best_step or run.step, run.score, round(run.seconds, 2), run.tokens, run.stopped_early)
@@ -295,6 +311,7 @@ class _Run:
         rate = learning_rate(self.step, training)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        set_strength(self.model, quantize_strength(self.step, training))
         counts = Counts.of(batch)
         sums: dict[str, Tensor] = {}
         for i in range(training.accumulation):

@@ -72,7 +72,7 @@ def test_subln_can_begin_with_the_size_of_its_input(kind):
     assert float(first[names[0]]) == pytest.approx(sizes[names[0]], rel=1e-3)
     gains = {n: model.get_submodule(n).norm for n in names}
     offset = float(kind == "Gemma3")
-    assert {n: float(norm.weight[0]) + offset for n, norm in gains.items()} == pytest.approx(sizes, rel=1e-5)
+    assert {n: norm.weight[0].item() + offset for n, norm in gains.items()} == pytest.approx(sizes, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

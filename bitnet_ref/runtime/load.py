@@ -86,8 +86,7 @@ def load(
     for done, entry in enumerate(checkpoint.entries.values(), 1):
         name, tensor = canonical_name(entry.name), entry.load()
         if isinstance(tensor, TernaryTensor):
-            packed = tensor.packed(scheme)
-            weights[name] = (packed if packed is tensor.stored else pages.place(packed), tensor.w_scale)
+            weights[name] = (pages.place(tensor.packed(scheme)), tensor.w_scale)
         elif name == HEAD:
             if not config.tied_head:  # else a copy of the embedding that some files carry along
                 weights[name] = _table(tensor, stored)
@@ -98,7 +97,8 @@ def load(
         if progress is not None:
             progress(done, len(checkpoint.entries), name)
     assets = set(checkpoint.assets)
-    has_tokenizer = "tokenizer.ggml.model" in checkpoint.gguf_metadata or assets & {"tokenizer.json", "tokenizer.model"}
+    kind = checkpoint.gguf_metadata.get("tokenizer.ggml.model", "no_vocab")  # that is GGUF's word for none
+    has_tokenizer = kind != "no_vocab" or assets & {"tokenizer.json", "tokenizer.model"}
     tokenizer = tokenizer_from_checkpoint(checkpoint) if has_tokenizer else None
     return Model(config, weights, n_threads=n_threads, tokenizer=tokenizer, cache=cache, sparse=sparse)
 

@@ -83,7 +83,8 @@ class BatchCache:
 
 
 class Model:
-    """A decoder that runs on the compiled kernels. Made by :func:`bitnet_ref.runtime.load`, :meth:`random` or weights.
+    """A decoder that runs on the compiled kernels. Made by
+    :func:`bitnet_ref.runtime.load.load`, :meth:`random` or weights.
 
     Parameters
     ----------
@@ -165,7 +166,7 @@ class Model:
         Parameters
         ----------
         weights : mapping of str to array, (w_q, w_scale) or (PackedTernary, w_scale)
-        scheme, head : as in :func:`bitnet_ref.runtime.load`; a tied embedding is stored as the head is
+        scheme, head : as in :func:`bitnet_ref.runtime.load.load`; a tied embedding is stored as the head is
         **options
             Of :class:`Model`.
         """
@@ -200,7 +201,7 @@ class Model:
         ----------
         config : ModelConfig
         seed : int
-        scheme, head : as in :func:`bitnet_ref.runtime.load`
+        scheme, head : as in :func:`bitnet_ref.runtime.load.load`
         gate_zeros : float, optional
             About this share of the gates is not positive, at least 0.5: enough rows of W_gate are zeros. By themselves
             random gates are positive half of the time, trained ones of squared ReLU more seldom.

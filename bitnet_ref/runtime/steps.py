@@ -183,9 +183,10 @@ def make_table(parts: Iterable[np.ndarray], shape: Sequence[int], stored: str) -
     rows, columns = shape
     block, block_bytes = TABLE_TYPES[stored]
     together = GROUP_ROWS if block > 1 else 1
+    group = load_steps(1).group_rows  # a copy keeps up with the memory on one thread
     data, start = np.empty((-(-rows // together), columns // block * block_bytes * together), np.uint8), 0
     for part in parts:
-        piece = load_steps().group_rows(part, stored) if block > 1 else part
+        piece = group(part, stored) if block > 1 else part
         data[start : start + len(piece)] = piece
         start += len(piece)
     return GroupedTable(data, stored, rows, columns) if block > 1 else FloatTable(data, stored, columns)

@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers")
 
 from bitnet_ref import load  # noqa: E402
 from bitnet_ref.distill import config as configs  # noqa: E402  (what follows imports torch)
-from bitnet_ref.distill import models, stages, student  # noqa: E402
+from bitnet_ref.distill import models, stages, start, student  # noqa: E402
 from bitnet_ref.errors import FormatError  # noqa: E402
 from bitnet_ref.formats.answers import read_answers  # noqa: E402
 from bitnet_ref.runtime import classify  # noqa: E402
@@ -283,3 +283,41 @@ def test_a_head_that_would_be_lost_is_refused(tmp_path):
     change(tmp_path, tie_word_embeddings=True)
     with pytest.raises(FormatError, match=r"says tie_word_embeddings, but its lm_head\.weight is not"):
         base(tmp_path)
+
+
+def test_a_student_with_gains_and_rising_quantisation(tmp_path):
+    """Eager attention, norms that begin with the size of their inputs: the files hold these norms."""
+    settings = [*SHORT, "model.attention=eager", "student.subln_gain=input", "distill.quantize_over=0.5"]
+    done = command("tiny", "--out", tmp_path / "out", "--stages", "bitdistill", settings=settings)
+    assert done.exit_code == 0, done.output
+    folder = tmp_path / "out" / "seed-0" / "bitdistill"
+    exported = load(folder / "export" / "student.safetensors", head="f32")
+    gains = [w for name, w in exported.weights.items() if name.endswith("_sub_norm.weight")]
+    assert gains and all(abs(float(np.median(gain)) - 1) > 0.05 for gain in gains)
+    expected = read_answers(folder / "answers.safetensors")
+    assert classify.compare_answers(expected, classify.answer(exported, expected)).median_difference < 1e-3
+
+
+def test_where_a_student_begins():
+    """At strength 0 and without SubLN it is the model itself; norms and rounding change it, each in its own way."""
+    settings = configs.load_config("tiny", SHORT)
+    rows = start.start_losses(settings)
+    assert [(row["subln"], row["strength"]) for row in rows] == [
+        (subln, strength) for subln in ("none", "one", "input") for strength in start.STRENGTHS
+    ]
+    tokenizer = models.load_tokenizer(settings.model)
+    encoder = stages.TextEncoder.of(tokenizer)
+    examples = stages.splits_of(settings).train
+    batch = stages.tasks.batches(stages.task_of(settings), encoder, examples, start.ROWS, settings.seeds[0]).batch(0)
+    base = models.load_base(settings.model, settings.seeds[0], encoder.vocabulary_size).eval()
+    labels = np.where(batch["attention_mask"], batch["input_ids"], -100)
+    with torch.no_grad():
+        known = {name: torch.from_numpy(batch[name]) for name in ("input_ids", "attention_mask")}
+        expected = base(**known, labels=torch.from_numpy(labels)).loss
+    assert rows[0]["loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert len({row["loss"] for row in rows}) == 15
+    done = CliRunner().invoke(main, ["distill", "start", "tiny", *(f"--set={text}" for text in SHORT)])
+    assert done.exit_code == 0 and len(done.output.splitlines()) == 4
+    assert f"{rows[14]['loss']:.3f}" in done.output.splitlines()[3]
+    done = CliRunner().invoke(main, ["distill", "start", "tiny", *(f"--set={text}" for text in SHORT), "--json"])
+    assert json.loads(done.output)["rows"] == rows

@@ -75,6 +75,29 @@ def run(
         _print_tables(out, as_json)
 
 
+@distill.command(short_help="What SubLN and ternary layers do to a model before training.")
+@click.argument("config")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Another value, such as student.block=64.")
+@json_option
+@command
+def start(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """The loss on training prompts of CONFIG's model, without SubLN and with it, from float to ternary.
+
+    For choosing student.subln_gain and how long quantize_over should be.
+    """
+    module = _needs_torch("start")
+    from bitnet_ref.distill.config import load_config
+
+    rows = module.start_losses(load_config(config, overrides))
+    if as_json:
+        emit({"rows": rows})
+        return
+    click.echo("nats a token      " + "".join(f"{strength:>8.0%}" for strength in module.STRENGTHS) + "  quantised")
+    for subln in dict.fromkeys(row["subln"] for row in rows):
+        losses = "".join(f"{row['loss']:8.3f}" for row in rows if row["subln"] == subln)
+        click.echo(f"{'no SubLN' if subln == 'none' else 'SubLN, gain ' + subln:<18}{losses}")
+
+
 @distill.command(short_help="Tables of a run, like those of the paper.")
 @click.argument("folder", type=click.Path(path_type=Path))
 @json_option

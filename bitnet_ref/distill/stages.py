@@ -44,7 +44,7 @@ from bitnet_ref.distill.text import END_OF_TEXT, TextEncoder, train_tokenizer
 from bitnet_ref.distill.trainer import Batch, Devices, load_weights, save_weights, train
 from bitnet_ref.formats.answers import write_answers
 
-__all__ = ["KEPT", "VARIANTS", "Run", "Variant", "dry", "with_parents"]
+__all__ = ["KEPT", "VARIANTS", "Run", "Variant", "dry", "splits_of", "task_of", "with_parents"]
 
 KEPT = ("teacher", "direct", "bitdistill")
 """Stages whose model is left as a folder."""
@@ -181,8 +181,8 @@ class Run:
             _dry_tokenizer(config) if config.model.tokenizer == "dry" else models.load_tokenizer(config.model)
         )
         self.encoder = TextEncoder.of(self.tokenizer)
-        self.splits = _splits(config)
-        self.task = _task(config)
+        self.splits = splits_of(config)
+        self.task = task_of(config)
         if isinstance(self.task, tasks.ClassificationTask):
             self.task.label_ids(self.encoder)  # what is wrong with labels should be known before hours of training
         self._corpora: dict[int, data.PackedCorpus] = {}
@@ -561,7 +561,8 @@ class Run:
         return examples[:limit] if limit else examples  # splits are in the order of hashes, so the first are a sample
 
 
-def _splits(config: Config) -> data.Splits:
+def splits_of(config: Config) -> data.Splits:
+    """The examples of a configuration, read and split."""
     settings = config.data
     if settings.files == ("dry",):
         return data.split_examples(_dry_examples(config), (0.6, 0.2, 0.2), 0)
@@ -587,7 +588,8 @@ def _splits(config: Config) -> data.Splits:
     return data.split_examples(load(settings.files), settings.fractions, settings.split_seed)
 
 
-def _task(config: Config) -> Any:
+def task_of(config: Config) -> Any:
+    """The task of a configuration."""
     settings = config.data
     if settings.task == "classification":
         return tasks.ClassificationTask(settings.template, dict(settings.labels), settings.max_length)

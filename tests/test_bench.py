@@ -291,18 +291,36 @@ def test_no_ratio_without_verified_figures():
 
 
 def test_a_turn_is_timed_when_all_threads_are_awake(monkeypatch):
-    """The first calls after a pause may be thirty times slower, and are not in the time of the turn."""
-    now = [0]
+    """The first calls after a pause may be thirty times slower, for longer than any fixed time, and are not counted."""
+    now, awake_at = [0], [20_000_000]
     monkeypatch.setattr(turns.time, "perf_counter_ns", lambda: now[0])
-    asleep = [True]
 
     def call(i):
-        now[0] += 3_000_000 if asleep[0] and now[0] < 20_000_000 else 100_000
+        now[0] += 3_000_000 if now[0] < awake_at[0] else 100_000
 
     program = turns.sized({}, call)
-    ns, _ = program.turn()
-    assert ns == 100_000
-    assert now[0] > 2 * turns.WAKE_NS + turns.SLICE_NS
+    for pause in (20_000_000, 200_000_000):
+        begun = now[0]
+        awake_at[0] = begun + pause
+        ns, _ = program.turn()
+        assert ns == 100_000
+        assert now[0] - begun >= max(pause, turns.WAKE_NS) + turns.SLICE_NS
+    awake_at[0] = now[0] + 10 * turns.LONGEST_WAKE_NS  # slower for good: it is timed as it is
+    assert program.turn()[0] == 3_000_000
+
+
+def test_work_before_a_turn_is_the_programs_own(monkeypatch):
+    """Otherwise rounds with a program in another process look as if something else had used the machine."""
+    now = [0]
+    monkeypatch.setattr(turns.time, "perf_counter_ns", lambda: now[0])
+    monkeypatch.setattr(turns.time, "process_time", lambda: now[0] / 1e9)
+
+    def call(i):
+        now[0] += 100_000
+
+    program = turns.sized({}, call)
+    begun = now[0]
+    assert program.turn()[1] == pytest.approx((now[0] - begun) / 1e9) and now[0] - begun > turns.WAKE_NS
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a child's peak is its own")

@@ -8,6 +8,7 @@ busy rounds say so.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -27,8 +28,11 @@ SETTLE_S = 0.05
 OpenBLAS for 2**26 cycles, OpenMP for some milliseconds."""
 
 WAKE_NS = 30_000_000
+LONGEST_WAKE_NS = 1_000_000_000
 """Untimed work before each turn. Workers that slept may wake on the processor of the one that woke them, and the system
-takes some ten milliseconds to part them; until then every barrier waits for a time slice: 3 ms a product, not 0.1."""
+takes a while to part them; until then every barrier waits for a time slice: 3 ms a product, not 0.1. Where another
+program's workers still spin on the other processor, that lasts until they sleep. So the work goes on until a call takes
+less than twice what the fastest has taken, for a second at most."""
 
 BUSY = 0.05
 """Share of all processors' time that others may take in a round before it counts as busy."""
@@ -43,21 +47,38 @@ class Program:
     times: list[float] = field(default_factory=list)
 
 
-def wake(call: Callable[[], object]) -> None:
-    """Call for :data:`WAKE_NS`, untimed, so that all threads run on processors of their own when time begins."""
-    end = time.perf_counter_ns() + WAKE_NS
-    while time.perf_counter_ns() < end:
+def wake(call: Callable[[], object], fastest_ns: float = math.inf) -> float:
+    """Call, untimed, until all threads run on processors of their own; see :data:`WAKE_NS`.
+
+    Parameters
+    ----------
+    call : callable
+    fastest_ns : float
+        The shortest call so far.
+
+    Returns
+    -------
+    float
+        The shortest call, these included.
+    """
+    start = now = time.perf_counter_ns()
+    taken = math.inf
+    while now - start < WAKE_NS or (taken > 2 * fastest_ns and now - start < LONGEST_WAKE_NS):
         call()
+        taken, now = time.perf_counter_ns() - now, time.perf_counter_ns()
+        fastest_ns = min(fastest_ns, taken)
+    return fastest_ns
 
 
 def sized(row: dict[str, Any], call: Callable[[int], object]) -> Program:
     """A program of this process whose ``call(i)`` does the i-th unit, with turns that are long enough to time."""
-    per_turn, cursor = _per_turn(call), 0
+    (per_turn, fastest_ns), cursor = _per_turn(call), 0
 
     def turn() -> tuple[float, float]:
-        nonlocal cursor
-        wake(lambda: call(cursor))
-        spent, start = time.process_time(), time.perf_counter_ns()
+        nonlocal cursor, fastest_ns
+        spent = time.process_time()  # with the untimed work: it is this program's, too
+        fastest_ns = wake(lambda: call(cursor), fastest_ns)
+        start = time.perf_counter_ns()
         for i in range(cursor, cursor + per_turn):
             call(i)
         taken = time.perf_counter_ns() - start
@@ -67,12 +88,12 @@ def sized(row: dict[str, Any], call: Callable[[int], object]) -> Program:
     return Program(row, turn)
 
 
-def _per_turn(call: Callable[[int], object]) -> int:
-    """How many units fill a slice; these first calls also warm caches and threads."""
-    wake(lambda: call(0))
+def _per_turn(call: Callable[[int], object]) -> tuple[int, float]:
+    """How many units fill a slice, and the shortest call; these first calls also warm caches and threads."""
+    fastest_ns = wake(lambda: call(0))
     start = time.perf_counter_ns()
     call(1)
-    return max(1, -(-SLICE_NS // max(1, time.perf_counter_ns() - start)))
+    return max(1, -(-SLICE_NS // max(1, time.perf_counter_ns() - start))), fastest_ns
 
 
 def rounds(programs: Sequence[Program], n_rounds: int, threads: int, slow_turns: int = 3) -> list[float]:

@@ -222,7 +222,7 @@ cdef class Steps:
     cdef double product_ns
 
     def __init__(self, capsule, int n_threads):
-        self.call = <const decoder_steps*>PyCapsule_GetPointer(capsule, b"bitnet_ref.steps/2")
+        self.call = <const decoder_steps*>PyCapsule_GetPointer(capsule, b"bitnet_ref.steps/3")
         self.n_threads = n_threads
 
     def take_product_ns(self):
@@ -624,9 +624,9 @@ cdef class Steps:
         cdef Py_ssize_t seen = n if window is None else max(1, window)
         out = np.empty(q.shape, float32)
         cdef _View o = _View(out, float32, "out")
-        cdef Py_ssize_t group = heads // kv_heads, item, t, head, half_group, count, first, last
+        cdef Py_ssize_t group = heads // kv_heads, item, t, head, half_group, count, first
         cdef int n_threads = self.n_threads
-        # Threads share the key/value heads of each token; those that are left over are cut in two, half of the query heads each.
+        # Threads share the key/value heads of each token; those that are left over are cut in two, by their query heads.
         cdef Py_ssize_t items = tokens * kv_heads, whole = items
         if items % n_threads and group % 2 == 0:
             whole = items // n_threads * n_threads
@@ -702,11 +702,12 @@ cdef class Steps:
         if block <= 1:
             raise ValueError(f"the type of grouped rows must be Q8_0, Q6_K or Q4_0, got {type_name!r}")
         cdef _View a = _contiguous(x, float32, "x", 2), w = _contiguous(data, uint8, "data", 2)
-        cdef Py_ssize_t tokens = a.size(0), k = a.size(1), group_bytes = w.size(1), n_groups = w.size(0), t, i, first, last
-        if k % block or group_bytes != GROUP_ROWS * (k // block * block_bytes) or n_groups != (vocabulary + GROUP_ROWS - 1) // GROUP_ROWS:
-            raise ValueError(f"{vocabulary} grouped rows of {k} {type_name} values must have "
-                             f"{(vocabulary + GROUP_ROWS - 1) // GROUP_ROWS} groups of {GROUP_ROWS * (k // block * block_bytes)} bytes in "
-                             f"blocks of {block} columns, got {n_groups} of {group_bytes}")
+        cdef Py_ssize_t tokens = a.size(0), k = a.size(1), t, i, first, last
+        cdef Py_ssize_t n_groups = (vocabulary + GROUP_ROWS - 1) // GROUP_ROWS
+        cdef Py_ssize_t group_bytes = GROUP_ROWS * (k // block * block_bytes)
+        if k % block or w.size(1) != group_bytes or w.size(0) != n_groups:
+            raise ValueError(f"{vocabulary} grouped rows of {k} {type_name} values must have {n_groups} groups of "
+                             f"{group_bytes} bytes in blocks of {block} columns, got {w.size(0)} of {w.size(1)}")
         out = np.empty((tokens, vocabulary), float32)
         cdef _View o = _View(out, float32, "out")
         cdef Py_ssize_t token_bytes = HEAD_TOKEN_BYTES(k)
@@ -751,6 +752,6 @@ cdef class Steps:
         cdef unsigned char* target = <unsigned char*>o.buffer.buf
         cdef int n_threads = self.n_threads
         for i in prange(n_groups, num_threads=n_threads, schedule='static', nogil=True):
-            head_group_rows(source + i * GROUP_ROWS * row_bytes, row_bytes, min(GROUP_ROWS, rows - i * GROUP_ROWS), block_bytes,
-                       target + i * GROUP_ROWS * row_bytes)
+            head_group_rows(source + i * GROUP_ROWS * row_bytes, row_bytes, min(GROUP_ROWS, rows - i * GROUP_ROWS),
+                            block_bytes, target + i * GROUP_ROWS * row_bytes)
         return data

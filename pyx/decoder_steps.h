@@ -459,7 +459,7 @@ static void step_attend(const float *q, ptrdiff_t heads, const char *k, ptrdiff_
 
 /* ---- head ---------------------------------------------------------------------------------------------------------- */
 
-#define TABLE_CHUNK 256 /* columns decoded at a time; every type has whole blocks of them */
+#define TABLE_CHUNK 256 /* columns decoded at a time */
 #define TABLE_TOKENS 16 /* tokens that share a decoded chunk */
 
 static ptrdiff_t table_bytes(int type, ptrdiff_t columns) { return (type == TABLE_F32 ? 4 : 2) * columns; }
@@ -581,7 +581,7 @@ STEP_INLINE int32_t head_offset(const char *tokens, int t, ptrdiff_t k, ptrdiff_
 /* Four bytes of each row; a sum, or a float, of each row. */
 #if defined(__AVX512VNNI__)
 typedef __m512i row_codes, row_sums;
-typedef __m512 row_floats;
+typedef __m512 row_values;
 STEP_INLINE row_codes codes_load(const uint8_t *p) { return _mm512_loadu_si512(p); }
 /* (a & mask) | (b & other) with shifts of 64-bit lanes: bits that cross bytes are masked away. */
 STEP_INLINE row_codes codes_left(row_codes a, int bits) { return _mm512_slli_epi64(a, (unsigned)bits); }
@@ -605,15 +605,15 @@ STEP_INLINE row_sums scales_load(const uint8_t *p) {
 STEP_INLINE row_sums sums_add_product(row_sums a, row_sums b, row_sums c) {
     return _mm512_add_epi32(a, _mm512_mullo_epi32(b, c));
 }
-STEP_INLINE row_floats halves_load(const uint8_t *p) {
+STEP_INLINE row_values halves_load(const uint8_t *p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
 }
 /* a + sums * (d * scale) */
-STEP_INLINE row_floats floats_add(row_floats a, row_sums sums, row_floats d, float scale) {
+STEP_INLINE row_values floats_add(row_values a, row_sums sums, row_values d, float scale) {
     return _mm512_add_ps(a, _mm512_mul_ps(_mm512_cvtepi32_ps(sums), _mm512_mul_ps(d, _mm512_set1_ps(scale))));
 }
-STEP_INLINE row_floats floats_zero(void) { return _mm512_setzero_ps(); }
-STEP_INLINE void floats_store(float *p, row_floats a) { _mm512_storeu_ps(p, a); }
+STEP_INLINE row_values floats_zero(void) { return _mm512_setzero_ps(); }
+STEP_INLINE void floats_store(float *p, row_values a) { _mm512_storeu_ps(p, a); }
 #elif defined(__AVX2__)
 typedef struct {
     __m256i v[2];
@@ -621,7 +621,7 @@ typedef struct {
 typedef row_codes row_sums;
 typedef struct {
     __m256 v[2];
-} row_floats;
+} row_values;
 #define BOTH(expression) {{({ enum { h = 0 }; expression; }), ({ enum { h = 1 }; expression; })}}
 STEP_INLINE row_codes codes_load(const uint8_t *p) {
     return (row_codes)BOTH(_mm256_loadu_si256((const __m256i *)(p + 32 * h)));
@@ -652,13 +652,13 @@ STEP_INLINE row_sums scales_load(const uint8_t *p) {
 STEP_INLINE row_sums sums_add_product(row_sums a, row_sums b, row_sums c) {
     return (row_sums)BOTH(_mm256_add_epi32(a.v[h], _mm256_mullo_epi32(b.v[h], c.v[h])));
 }
-STEP_INLINE row_floats halves_load(const uint8_t *p) { return (row_floats)BOTH(eight_halves(p + 16 * h)); }
-STEP_INLINE row_floats floats_add(row_floats a, row_sums sums, row_floats d, float scale) {
-    return (row_floats)BOTH(_mm256_add_ps(
+STEP_INLINE row_values halves_load(const uint8_t *p) { return (row_values)BOTH(eight_halves(p + 16 * h)); }
+STEP_INLINE row_values floats_add(row_values a, row_sums sums, row_values d, float scale) {
+    return (row_values)BOTH(_mm256_add_ps(
         a.v[h], _mm256_mul_ps(_mm256_cvtepi32_ps(sums.v[h]), _mm256_mul_ps(d.v[h], _mm256_set1_ps(scale)))));
 }
-STEP_INLINE row_floats floats_zero(void) { return (row_floats)BOTH(_mm256_setzero_ps()); }
-STEP_INLINE void floats_store(float *p, row_floats a) {
+STEP_INLINE row_values floats_zero(void) { return (row_values)BOTH(_mm256_setzero_ps()); }
+STEP_INLINE void floats_store(float *p, row_values a) {
     _mm256_storeu_ps(p, a.v[0]);
     _mm256_storeu_ps(p + 8, a.v[1]);
 }
@@ -672,7 +672,7 @@ typedef struct {
 } row_sums;
 typedef struct {
     float v[16];
-} row_floats;
+} row_values;
 STEP_INLINE row_codes codes_load(const uint8_t *p) {
     row_codes a;
     memcpy(a.v, p, 64);
@@ -714,8 +714,8 @@ STEP_INLINE row_sums sums_add_product(row_sums a, row_sums b, row_sums c) {
     for (int r = 0; r < 16; r++) a.v[r] += b.v[r] * c.v[r];
     return a;
 }
-STEP_INLINE row_floats halves_load(const uint8_t *p) {
-    row_floats a;
+STEP_INLINE row_values halves_load(const uint8_t *p) {
+    row_values a;
     for (int r = 0; r < 16; r++) {
         uint16_t half;
         memcpy(&half, p + 2 * r, 2);
@@ -723,26 +723,26 @@ STEP_INLINE row_floats halves_load(const uint8_t *p) {
     }
     return a;
 }
-STEP_INLINE row_floats floats_add(row_floats a, row_sums sums, row_floats d, float scale) {
+STEP_INLINE row_values floats_add(row_values a, row_sums sums, row_values d, float scale) {
     for (int r = 0; r < 16; r++) a.v[r] += (float)sums.v[r] * (d.v[r] * scale);
     return a;
 }
-STEP_INLINE row_floats floats_zero(void) {
-    const row_floats a = {{0}};
+STEP_INLINE row_values floats_zero(void) {
+    const row_values a = {{0}};
     return a;
 }
-STEP_INLINE void floats_store(float *p, row_floats a) { memcpy(p, a.v, 64); }
+STEP_INLINE void floats_store(float *p, row_values a) { memcpy(p, a.v, 64); }
 #endif
 
 /* A group of rows times n tokens: sixteen logits of each. */
 STEP_INLINE void group_dot(int n, const uint8_t *w, ptrdiff_t k, int type, const char *tokens, float (*out)[16]) {
     const ptrdiff_t blocks = k / TABLE_BLOCK(type);
-    row_floats y[HEAD_TOKENS];
+    row_values y[HEAD_TOKENS];
     for (int t = 0; t < n; t++) y[t] = floats_zero();
     if (type == TABLE_Q6_K) {
         const uint8_t *scales = w + 32 * blocks, *codes = scales + 256 * blocks;
         for (ptrdiff_t b = 0; b < 2 * blocks; b++) { /* halves of blocks: 128 columns, 1680 bytes */
-            const row_floats d = halves_load(w + b / 2 * 32);
+            const row_values d = halves_load(w + b / 2 * 32);
             row_sums total[HEAD_TOKENS][4];
             for (int t = 0; t < n; t++)
                 for (int j = 0; j < 4; j++) total[t][j] = sums_of(0);
@@ -773,7 +773,7 @@ STEP_INLINE void group_dot(int n, const uint8_t *w, ptrdiff_t k, int type, const
         const int quads = type == TABLE_Q8_0 ? 8 : 4, piece = 64 * quads + 32;
         const uint8_t *codes = w + 32 * blocks;
         for (ptrdiff_t b = 0; b < blocks; b++) {
-            const row_floats d = halves_load(w + 32 * b);
+            const row_values d = halves_load(w + 32 * b);
             row_sums sums[HEAD_TOKENS];
             for (int t = 0; t < n; t++)
                 sums[t] = sums_of(head_offset(tokens, t, k, 2 * b) + head_offset(tokens, t, k, 2 * b + 1));

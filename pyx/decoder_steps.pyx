@@ -12,4 +12,4 @@ cdef extern from "decoder_steps.h":
         pass
     const decoder_steps the_decoder_steps
 
-STEPS = PyCapsule_New(<void*>&the_decoder_steps, b"bitnet_ref.steps/2", NULL)
+STEPS = PyCapsule_New(<void*>&the_decoder_steps, b"bitnet_ref.steps/3", NULL)

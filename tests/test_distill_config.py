@@ -50,6 +50,7 @@ def test_values_and_overrides(tmp_path):
         ("teacher.learning_rate=nan", r"teacher\.learning_rate must be positive, got nan"),
         ("teacher.clip=-1", r"teacher\.clip must not be negative, got -1"),
         ("teacher.warm_up=1", r"teacher\.warm_up must be a share from 0 to below 1, got 1"),
+        ("teacher.quantize_over=0.5", r"teacher\.quantize_over must be 0, a teacher is not quantised, got 0\.5"),
         ("teacher.schedule=step", r"teacher\.schedule must be one of cosine, linear, constant, got 'step'"),
         ("losses.positions=all", r"losses\.positions must be one of labels, tokens"),
         ("losses.alphas=[1, 2]", r"losses\.alphas must be a list of 3, got \[1, 2\]"),

@@ -298,6 +298,16 @@ def test_a_student_with_gains_and_rising_quantisation(tmp_path):
     assert classify.compare_answers(expected, classify.answer(exported, expected)).median_difference < 1e-3
 
 
+def test_pretraining_depends_on_the_data_that_gains_are_measured_on(tmp_path):
+    digests = {}
+    for gain in ("one", "input"):
+        for limit in (40, 50):
+            words = [*SHORT, f"student.subln_gain={gain}", f"data.train_limit={limit}"]
+            run = stages.Run(configs.load_config("tiny", words), tmp_path / f"{gain}-{limit}", quiet=True)
+            digests[gain, limit] = configs.digest(run._settings("pretrain", 0))
+    assert digests["one", 40] == digests["one", 50] and digests["input", 40] != digests["input", 50]
+
+
 def test_where_a_student_begins():
     """At strength 0 and without SubLN it is the model itself; norms and rounding change it, each in its own way."""
     settings = configs.load_config("tiny", SHORT)
@@ -307,13 +317,10 @@ def test_where_a_student_begins():
     ]
     tokenizer = models.load_tokenizer(settings.model)
     encoder = stages.TextEncoder.of(tokenizer)
-    examples = stages.splits_of(settings).train
-    batch = stages.tasks.batches(stages.task_of(settings), encoder, examples, start.ROWS, settings.seeds[0]).batch(0)
+    ids, mask = stages.first_prompts(settings, stages.splits_of(settings), encoder, settings.seeds[0])
     base = models.load_base(settings.model, settings.seeds[0], encoder.vocabulary_size).eval()
-    labels = np.where(batch["attention_mask"], batch["input_ids"], -100)
     with torch.no_grad():
-        known = {name: torch.from_numpy(batch[name]) for name in ("input_ids", "attention_mask")}
-        expected = base(**known, labels=torch.from_numpy(labels)).loss
+        expected = base(input_ids=ids, attention_mask=mask, labels=ids.where(mask.bool(), -100)).loss
     assert rows[0]["loss"] == pytest.approx(float(expected), rel=1e-5)
     assert len({row["loss"] for row in rows}) == 15
     done = CliRunner().invoke(main, ["distill", "start", "tiny", *(f"--set={text}" for text in SHORT)])

@@ -32,7 +32,7 @@ from bitnet_ref.runtime import pages
 from bitnet_ref.runtime.model import HEADS, PREFILL_TOKENS, Model
 from bitnet_ref.runtime.perplexity import perplexity
 from bitnet_ref.runtime.sampling import Sampler, log_softmax
-from bitnet_ref.runtime.steps import TernaryLayer, load_steps, step_isas
+from bitnet_ref.runtime.steps import TernaryLayer, load_steps, make_table, step_isas
 
 BITNET = ModelConfig(
     architecture="test",
@@ -164,6 +164,11 @@ def test_nan_is_not_swallowed(isa):
         (4, 6, 1, 14, 9, 2, np.float16),
         (2, 5, 1, 18, 2, None, np.float32),
         (5, 4, 4, 16, 5, 1, np.float32),
+        # Widths in pieces of 128, 64 and 16 columns, with a tail and without; windows of several runs of rows.
+        (1, 8, 2, 208, 40, None, np.float16),
+        (2, 4, 2, 256, 67, 50, np.float32),
+        (1, 4, 1, 80, 97, 65, np.float16),
+        (1, 2, 1, 131, 33, None, np.float16),
     ],
 )
 def test_attention_equals_the_reference(isa, n_threads, t, heads, kv, d, s, window, dtype):
@@ -209,10 +214,25 @@ def test_grouped_rows_come_back(stored, columns, rows):
     np.testing.assert_array_equal(table[some], decode_rows(encoded[some], stored))
     with pytest.raises(ValueError, match="grouped rows"):
         GroupedTable(grouped, stored, rows + 16, columns)
+    with pytest.raises(IndexError, match=f"between 0 and {rows - 1}, got {rows} to {rows}"):
+        table[[rows]]
+
+
+def test_a_table_is_made_of_whole_groups():
+    parts = [np.full((16, 34), 1, np.uint8), np.full((4, 34), 2, np.uint8)]
+    np.testing.assert_array_equal(make_table(parts, (20, 32), "Q8_0").raw, np.concatenate(parts))
+    np.testing.assert_array_equal(make_table([p[:, :4] for p in parts[::-1]], (20, 2), "F16").raw[:4], 2)
+    for wrong, rule in (
+        (parts[::-1], "got 16 rows behind 4"),
+        (parts[:1], "must have them all, got 16"),
+        ([*parts[:1], parts[0]], "got 16 rows behind 16"),
+    ):
+        with pytest.raises(ValueError, match=rule):
+            make_table(wrong, (20, 32), "Q8_0")
 
 
 def test_a_group_of_rows_byte_by_byte():
-    """Rows of one block of Q4_0, whose byte i is 16 * row + i: scales first, then four columns of each row in turn."""
+    """Rows of one block of Q4_0, whose byte i is 10 * row + i: scales first, then four columns of each row in turn."""
     raw = (np.arange(18)[None] + 10 * np.arange(16)[:, None]).astype(np.uint8)
     grouped = group_rows(raw, "Q4_0")[0]
     assert grouped[:4].tolist() == [0, 1, 10, 11] and grouped[32:40].tolist() == [2, 3, 4, 5, 12, 13, 14, 15]
@@ -222,7 +242,7 @@ def test_a_group_of_rows_byte_by_byte():
 @every_isa
 @pytest.mark.parametrize("n_threads", [1, 3])
 @pytest.mark.parametrize("stored", TABLE_TYPES)
-@pytest.mark.parametrize(("tokens", "rows"), [(1, 37), (19, 6), (2, 1), (3, 64)])
+@pytest.mark.parametrize(("tokens", "rows"), [(1, 37), (19, 6), (2, 1), (3, 64), (1, 15), (2, 16), (5, 17)])
 def test_head_equals_its_definition(isa, n_threads, stored, tokens, rows):
     k = {"Q6_K": 512, "Q8_0": 288, "Q4_0": 288}.get(stored, 301)
     table = FloatTable(encode_floats("w", normal(rows, k), stored).reshape(rows, -1), stored, k)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -18,6 +19,7 @@ from bitnet_ref.errors import FormatError
 from bitnet_ref.formats import convert
 from bitnet_ref.kernels import ISAS
 from bitnet_ref.reference.config import ModelConfig
+from bitnet_ref.reference.head import FloatTable
 from bitnet_ref.reference.model import forward, random_weights, ternary_weights
 from bitnet_ref.runtime import sparse
 from bitnet_ref.runtime.generate import generate
@@ -95,9 +97,29 @@ def test_load_gives_the_reference_logits(folder, reference, tmp_path, form):
     table = {"model.embed_tokens.weight": model.table}
     np.testing.assert_array_equal(model.logits(tokens), forward(config, weights | table, tokens))
     assert model.tokenizer is not None and model.config == config
-    # Together in memory, in whatever form they came: the second matrix begins on the next cache line behind the first.
-    q, k = (model.weights[f"model.layers.0.self_attn.{part}_proj.weight"].w_packed.data for part in "qk")
-    assert abs(k.ctypes.data - q.ctypes.data) < 1 << 26 and not isinstance(q.base, np.memmap)
+    # Together in memory, in whatever form they came, in the order of the file.
+    layers = [w.w_packed.data for w in model.weights.values() if hasattr(w, "w_packed")]
+    at = sorted((data.ctypes.data, data.nbytes) for data in layers)
+    assert all(b == a + -(-size // 64) * 64 for (a, size), (b, _) in itertools.pairwise(at))
+    assert not any(mapped(data) for data in layers)
+
+
+def mapped(array):
+    while isinstance(array, np.ndarray):
+        if isinstance(array, np.memmap):
+            return True
+        array = array.base
+    return False
+
+
+@pytest.mark.parametrize("head", ["f16", "bf16", "f32", "q8_0"])
+def test_a_head_of_floats_is_mapped(folder, tmp_path, head):
+    """If the file has it so; one of integers is made anew, in groups of rows."""
+    path = tmp_path / "model.safetensors"
+    convert(folder, path, "packed", embedding=head)
+    model = load(path, head=head)
+    found = model.table.raw if isinstance(model.table, FloatTable) else model.table.data
+    assert mapped(found) == (head != "q8_0")
 
 
 def test_the_embedding_stays_what_the_file_holds(folder, reference):

@@ -166,7 +166,8 @@ class BitLinear(nn.Module):
     bias : parameter of shape (M,), float32, or None
     strength : float
         1: as described. Below, weights and activations lie that share of the way from their values to their quantised
-        ones, and gradients pass unchanged: 0 is a layer of full precision. Training may begin below 1 and rise.
+        ones, and gradients pass unchanged: 0 is a layer of full precision. Training may begin below 1 and rise. Below
+        1 autocast rounds the operands as well, not only their sums.
 
     Raises
     ------

@@ -282,6 +282,10 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
     unknown = [name for name in config.variants if name not in STAGES]
     if unknown or not config.variants:
         raise ValueError(f"variants must be of {', '.join(STAGES)}, got {', '.join(unknown) or 'none'}")
+    if config.teacher.quantize_over:
+        raise ValueError(
+            f"teacher.quantize_over must be 0, a teacher is not quantised, got {config.teacher.quantize_over}"
+        )
     if len(set(config.seeds)) != len(config.seeds) or not config.seeds:
         raise ValueError(f"seeds must be different numbers, at least one, got {list(config.seeds)}")
     return config

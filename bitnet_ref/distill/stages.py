@@ -44,7 +44,7 @@ from bitnet_ref.distill.text import END_OF_TEXT, TextEncoder, train_tokenizer
 from bitnet_ref.distill.trainer import Batch, Devices, load_weights, save_weights, train
 from bitnet_ref.formats.answers import write_answers
 
-__all__ = ["KEPT", "VARIANTS", "Run", "Variant", "dry", "splits_of", "task_of", "with_parents"]
+__all__ = ["KEPT", "VARIANTS", "Run", "Variant", "dry", "first_prompts", "splits_of", "task_of", "with_parents"]
 
 KEPT = ("teacher", "direct", "bitdistill")
 """Stages whose model is left as a folder."""
@@ -430,7 +430,8 @@ class Run:
             "data": digest(self._data_digest, limits),
         }
         if name == "pretrain":
-            del found["data"]
+            if self.config.student.subln_gain == "one":  # else gains are measured on these data
+                del found["data"]
             found["corpus"] = dataclasses.asdict(self.config.corpus)
         if name != "teacher":
             found["student"] = dataclasses.asdict(self.config.student)
@@ -513,9 +514,7 @@ class Run:
         """What SubLN begins with."""
         if self.config.student.subln_gain == "one":
             return None
-        examples = self._limited(self.splits.train, self.config.data.train_limit)
-        batch = tasks.batches(self.task, self.encoder, examples, min(32, len(examples)), seed).batch(0)
-        ids, mask = (torch.from_numpy(batch[name]) for name in ("input_ids", "attention_mask"))
+        ids, mask = first_prompts(self.config, self.splits, self.encoder, seed)
         return input_sizes(model, ids, mask, self.config.student.subln)
 
     def _teacher(self, seed: int) -> nn.Module:
@@ -586,6 +585,15 @@ def splits_of(config: Config) -> data.Splits:
             drop_overlaps=settings.drop_overlaps,
         )
     return data.split_examples(load(settings.files), settings.fractions, settings.split_seed)
+
+
+def first_prompts(
+    config: Config, splits: data.Splits, encoder: TextEncoder, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and mask, int64 (B, T), of up to 32 examples to train on: what gains of norms are measured on."""
+    examples = splits.train[: config.data.train_limit or None]
+    batch = tasks.batches(task_of(config), encoder, examples, min(32, len(examples)), seed).batch(0)
+    return torch.from_numpy(batch["input_ids"]), torch.from_numpy(batch["attention_mask"])
 
 
 def task_of(config: Config) -> Any:

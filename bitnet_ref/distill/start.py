@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from bitnet_ref.distill import models, stages, tasks
+from bitnet_ref.distill import models, stages
 from bitnet_ref.distill.config import Config
 from bitnet_ref.distill.student import input_sizes, insert_subln, ternarise
 from bitnet_ref.distill.text import TextEncoder
@@ -18,7 +18,6 @@ from bitnet_ref.distill.trainer import set_strength
 __all__ = ["STRENGTHS", "start_losses"]
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-ROWS = 32
 
 
 @torch.no_grad()
@@ -36,9 +35,7 @@ def start_losses(config: Config) -> list[dict[str, Any]]:
     """
     tokenizer = models.load_tokenizer(config.model)
     encoder = TextEncoder.of(tokenizer)
-    examples = stages.splits_of(config).train
-    batch = tasks.batches(stages.task_of(config), encoder, examples, min(ROWS, len(examples)), config.seeds[0]).batch(0)
-    ids, mask = (torch.from_numpy(batch[name]) for name in ("input_ids", "attention_mask"))
+    ids, mask = stages.first_prompts(config, stages.splits_of(config), encoder, config.seeds[0])
     base = models.load_base(config.model, config.seeds[0], encoder.vocabulary_size).eval()
     rows = []
     for subln in ("none", "one", "input"):

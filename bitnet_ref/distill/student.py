@@ -90,8 +90,10 @@ def input_sizes(
                 found[name] = float(sizes[attention_mask.bool()].median())
 
             hooks.callback(block.get_submodule(path).register_forward_pre_hook(note).remove)
+        training = model.training
         model.eval()
         model.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        model.train(training)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Our own packed form: one safetensors file that the kernels read in place.
+"""Our own packed form: one safetensors file with the bytes that the kernels read.
 
 Metadata (text, as safetensors has it)::
 

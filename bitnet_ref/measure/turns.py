@@ -54,20 +54,20 @@ def wake(call: Callable[[], object], fastest_ns: float = math.inf) -> float:
     ----------
     call : callable
     fastest_ns : float
-        The shortest call so far.
+        The shortest call of the turn before.
 
     Returns
     -------
     float
-        The shortest call, these included.
+        The shortest of these calls: a machine that has become slower for good is waited for once.
     """
     start = now = time.perf_counter_ns()
-    taken = math.inf
+    taken = shortest_ns = math.inf
     while now - start < WAKE_NS or (taken > 2 * fastest_ns and now - start < LONGEST_WAKE_NS):
         call()
         taken, now = time.perf_counter_ns() - now, time.perf_counter_ns()
-        fastest_ns = min(fastest_ns, taken)
-    return fastest_ns
+        shortest_ns = min(shortest_ns, taken)
+    return shortest_ns
 
 
 def sized(row: dict[str, Any], call: Callable[[int], object]) -> Program:

@@ -26,7 +26,16 @@ import numpy as np
 
 from bitnet_ref.reference.quantize import quantize_activations
 
-__all__ = ["TABLE_TYPES", "FloatTable", "GroupedTable", "decode_rows", "group_rows", "head_logits", "stored_rows"]
+__all__ = [
+    "GROUP_ROWS",
+    "TABLE_TYPES",
+    "FloatTable",
+    "GroupedTable",
+    "decode_rows",
+    "group_rows",
+    "head_logits",
+    "stored_rows",
+]
 
 TABLE_TYPES = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q6_K": (256, 210), "Q4_0": (32, 18)}
 """Name -> (weights, bytes) of a block."""
@@ -138,7 +147,11 @@ class GroupedTable:
 
     def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
         """These rows as float32, shape (n, K)."""
-        return decode_rows(stored_rows(self.data, self.type, np.arange(self.rows)[rows]), self.type)
+        if isinstance(rows, slice):
+            rows = np.arange(self.rows)[rows]
+        elif len(rows) and not 0 <= np.min(rows) <= np.max(rows) < self.rows:  # the last group may have room for more
+            raise IndexError(f"rows must lie between 0 and {self.rows - 1}, got {np.min(rows)} to {np.max(rows)}")
+        return decode_rows(stored_rows(self.data, self.type, np.asarray(rows)), self.type)
 
 
 def _integer_type(type_name: str) -> tuple[int, int]:

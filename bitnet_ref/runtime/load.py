@@ -44,10 +44,10 @@ def load(
     ----------
     path : str or path
     scheme : str
-        Packing of the ternary matrices. A packed file of that scheme is mapped and not copied.
+        Packing of the ternary matrices. A packed file of that scheme is copied as it is.
     head : {"f32", "f16", "bf16", "q8_0", "q6_k", "q4_0"}
-        How the output head is stored in memory. Mapped if the file has it so; the embedding is always read from the
-        file, row by row.
+        How the output head is stored in memory. A float type is mapped if the file has it so; the embedding is always
+        read from the file, row by row.
     n_threads : int, optional
         None: all processors that the process may use.
     cache : {"f32", "f16"}

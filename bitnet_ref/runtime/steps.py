@@ -152,11 +152,11 @@ class TiedTable:
 
     Parameters
     ----------
-    embedding : FloatTable of shape (V, K)
+    embedding : FloatTable or GroupedTable of shape (V, K)
     head : FloatTable or GroupedTable of the same shape
     """
 
-    embedding: FloatTable
+    embedding: FloatTable | GroupedTable
     head: FloatTable | GroupedTable
 
     @property
@@ -179,16 +179,29 @@ def make_table(parts: Iterable[np.ndarray], shape: Sequence[int], stored: str) -
     shape : (V, K)
     stored : str
         One of ``TABLE_TYPES``.
+
+    Raises
+    ------
+    ValueError
+        If the parts are not so, or not V rows together.
     """
     rows, columns = shape
     block, block_bytes = TABLE_TYPES[stored]
     together = GROUP_ROWS if block > 1 else 1
     group = load_steps(1).group_rows  # a copy keeps up with the memory on one thread
     data, start = np.empty((-(-rows // together), columns // block * block_bytes * together), np.uint8), 0
+    given = 0
     for part in parts:
+        if given % together or given + len(part) > rows:
+            raise ValueError(
+                f"parts of a table of {rows} rows must have whole groups of {together} but for the last, got "
+                f"{len(part)} rows behind {given}"
+            )
         piece = group(part, stored) if block > 1 else part
         data[start : start + len(piece)] = piece
-        start += len(piece)
+        start, given = start + len(piece), given + len(part)
+    if given != rows:
+        raise ValueError(f"parts of a table of {rows} rows must have them all, got {given}")
     return GroupedTable(data, stored, rows, columns) if block > 1 else FloatTable(data, stored, columns)
 
 
@@ -196,7 +209,9 @@ def grouped(table: Any) -> Any:
     """A head as :func:`make_table` gives it, of one that may be of stored rows."""
     if isinstance(table, TiedTable):
         return TiedTable(table.embedding, grouped(table.head))
-    return make_table([table.raw], table.shape, table.type) if isinstance(table, FloatTable) else table
+    if not isinstance(table, FloatTable) or TABLE_TYPES[table.type][0] == 1:
+        return table  # floats are read as they are stored, from a mapped file too
+    return make_table([table.raw], table.shape, table.type)
 
 
 def plain_head(x: np.ndarray, table: np.ndarray | FloatTable | GroupedTable | TiedTable) -> np.ndarray:

@@ -50,6 +50,7 @@ test-distill: setup  ## run the tests of distillation: trainer, resumption, two 
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 'transformers>=5,<6' 'accelerate>=1' \
 	  'rouge-score>=0.1.2' 'sacrebleu>=2.4'
 	$(BIN)/pytest tests/test_distill_trainer.py tests/test_distill_run.py tests/test_distill_tiny.py
+	$(BIN)/pytest tests/test_notebooks.py -k 02_distil
 	@echo "distillation: the tests that need PyTorch have passed"
 
 distill-demo: setup  ## distil a small teacher into a ternary student in minutes, into $(OUT)/distill-demo (installs PyTorch)
@@ -114,7 +115,8 @@ bench-peers: setup  ## install the programs that bench compares with
 	$(BIN)/python -c 'import llama_cpp, ik_llama_cpp, torch' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check \
 	  --no-binary llama-cpp-python,ik-llama-cpp-python llama-cpp-python==0.3.36 ik-llama-cpp-python==0.1.5 torch==2.13.0
 
-notebook: setup  ## run the notebooks again and keep their outputs
+notebook: setup  ## run the notebooks again and keep their outputs (installs PyTorch)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 'transformers>=5,<6' 'accelerate>=1'
 	$(BIN)/python notebooks/run.py
 
 jupyter: setup  ## open the notebooks in JupyterLab

@@ -269,7 +269,10 @@ def test_notebooks_use_public_names(path):
     source = notebook_code(path)
     assert "bitnet_ref" in source
     assert private_uses(source) == []
-    assert not any(name.split(".")[0] == "torch" for name in imports(source, path.name))
+    found = imports(source, path.name)
+    # PyTorch is an extra: only what shows training may need it.
+    trains = any(name.startswith("bitnet_ref.distill") for name in found)
+    assert trains or not any(name.split(".")[0] == "torch" for name in found)
 
 
 @pytest.mark.parametrize(

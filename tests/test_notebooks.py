@@ -23,6 +23,9 @@ _spec = importlib.util.spec_from_file_location("notebooks_run", ROOT / "notebook
 run = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(run)
 
+TRAINING = {path for path in NOTEBOOKS if "import torch" in path.read_text(encoding="utf-8")}
+"""These need the extra [distill]; ``make test-distill`` runs them."""
+
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 
 # Two or more folders from the root, or a drive: /home/me, C:\Users. Not a web address, a ratio, or a closing tag.
@@ -67,10 +70,13 @@ def make_notebook(folder, *sources):
 
 def test_there_is_a_notebook():
     assert "01_quantise_pack_multiply.ipynb" in [path.name for path in NOTEBOOKS]
+    assert "02_distil_by_hand.ipynb" in [path.name for path in TRAINING]
 
 
 @every_notebook
 def test_runs_and_gives_the_committed_outputs(path):
+    if path in TRAINING:
+        pytest.importorskip("torch", reason="training needs the extra [distill]: no torch here")
     committed = code_cells(nbformat.read(path, as_version=4))
     fresh = code_cells(executed(path))
     for old, new in zip(committed, fresh, strict=True):

@@ -94,6 +94,8 @@ def test_compare_times_both_and_counts_their_bytes(made, tmp_path):
     for row in (ours, theirs):
         assert min(row["prefill_tokens_per_s"], row["decode_tokens_per_s"]) > 0
         assert row["peak_resident_bytes"] > row["matrix_bytes"]
+    result = CliRunner().invoke(main, [*arguments, "--llama-cpp", "f16,q9"])
+    assert result.exit_code == 1 and "--llama-cpp must be of f16, q8_0, q4_0, got q9" in result.stderr
     result = CliRunner().invoke(main, [*arguments[:3], str(tmp_path / "nothing.json"), *arguments[4:]])
     assert result.exit_code == 2
     (tmp_path / "config.json").write_text("{}")

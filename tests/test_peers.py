@@ -19,6 +19,7 @@ import itertools
 import json
 from dataclasses import replace
 
+import gguf
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -27,6 +28,8 @@ from test_tokenizer import BOS, CORPUS, EOS, EOT, gguf_metadata, library, settin
 
 from bitnet_ref.commands.model import packaged_model
 from bitnet_ref.formats import convert
+from bitnet_ref.measure import gguf_speed, student_speed
+from bitnet_ref.reference.config import ModelConfig
 from bitnet_ref.reference.head import FloatTable
 from bitnet_ref.reference.model import Steps, forward
 from bitnet_ref.runtime.known_bugs import with_bug
@@ -304,3 +307,38 @@ def test_the_packaged_model_in_llama_cpp(tmp_path):
     print(f"packaged model: its rounding {emulated.max():.1e}, its right activation {right.max():.1e}")
     assert emulated.max() < FLIP
     assert right.max() > 5 * ROUNDING
+
+
+# Networks of random weights, beside which students are timed ----------------------------------------------------------
+
+RANDOM = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 99,
+}
+RANDOM |= {
+    "vocab_size": 99,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+}
+RANDOM |= {"rope_theta": 1e4, "hidden_act": "silu", "tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize("type_name", gguf_speed.TYPES)
+@pytest.mark.parametrize(("kind", "tied"), [("Llama", True), ("Llama", False), ("Qwen3", True)])
+def test_llama_cpp_times_networks_of_random_weights(kind, tied, type_name, tmp_path):
+    raw = RANDOM | {"architectures": [f"{kind}ForCausalLM"], "model_type": kind.lower(), "tie_word_embeddings": tied}
+    gguf_speed.write_random_gguf(tmp_path / "made.gguf", raw, type_name)
+    tensors = gguf.GGUFReader(tmp_path / "made.gguf").tensors
+    config = ModelConfig.from_hf(raw)
+    assert len(tensors) == len(config.tensor_shapes())
+    size = student_speed.count_bytes(config, *[gguf_speed.TYPES[type_name]] * 2)
+    assert sum(t.n_bytes for t in tensors if len(t.shape) == 2) == size["matrices"] + size["tables"]
+    program = student_speed.llama_cpp_program(tmp_path / "made.gguf", type_name, 99, 1, 8, 4)
+    (row,) = student_speed.measure_programs([program], 1)
+    assert row["program"] == "llama.cpp" and row["stored"] == type_name
+    assert min(row["prefill_tokens_per_s"], row["decode_tokens_per_s"]) > 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,8 @@ def prove(
 @click.option("--generate", "n_generate", type=int, default=32, show_default=True, help="Tokens to write.")
 @click.option("--rounds", type=int, default=3, show_default=True)
 @click.option("--head", default="q8_0", show_default=True, help="Type of the student's head in memory.")
+@click.option("--llama-cpp", metavar="TYPES", help="Also the teacher's network in llama.cpp, such as f16,q4_0.")
+@click.option("--out", type=click.Path(path_type=Path), help="Also write the figures into this JSON file.")
 @json_option
 @command
 def compare(
@@ -81,15 +85,19 @@ def compare(
     n_generate: int,
     rounds: int,
     head: str,
+    llama_cpp: str | None,
+    out: Path | None,
     as_json: bool,
 ) -> None:
     """Tokens a second and memory of STUDENT and TEACHER, in turns, each in a process of its own.
 
     Both are a model or the config.json of one, which then gets random weights. Reading a prompt and writing are apart.
-    Bytes of weights are those of [BitDistill]'s comparison, with the tables (embedding and head) and without.
+    Bytes of weights are those of [BitDistill]'s comparison, with the tables (embedding and head) and without. llama.cpp
+    (extra [peers]) runs random weights in the teacher's shape, with embedding and head of the same type.
     """
     from bitnet_ref.formats import open_checkpoint
-    from bitnet_ref.measure import student_speed
+    from bitnet_ref.measure import gguf_speed, student_speed
+    from bitnet_ref.measure.peers import check_available
     from bitnet_ref.measure.record import record
     from bitnet_ref.reference.config import ModelConfig
     from bitnet_ref.reference.packing import get_scheme
@@ -100,23 +108,41 @@ def compare(
         checkpoint = open_checkpoint(student, quantize=student.is_dir())
         raw, names = checkpoint.config, tuple(checkpoint.entries)
     config = ModelConfig.from_hf(raw, names, ternary=True)
+    types = llama_cpp.split(",") if llama_cpp else []
+    if unknown := [name for name in types if name not in gguf_speed.TYPES]:
+        raise ValueError(f"--llama-cpp must be of {', '.join(gguf_speed.TYPES)}, got {', '.join(unknown)}")
+    check_available(["llama.cpp"] if types else [])
+    numbers = (threads, n_prompt, n_generate)
     programs = [
-        student_speed.student_program(student, head, threads, n_prompt, n_generate),
-        student_speed.teacher_program(teacher, threads, n_prompt, n_generate),
+        student_speed.student_program(student, head, *numbers),
+        student_speed.teacher_program(teacher, *numbers),
     ]
-    with bar() as progress:
+    words = ["bitnet-ref", "distill", "compare", student.name, teacher.name, f"--threads={threads}"]
+    words += [f"--prompt={n_prompt}", f"--generate={n_generate}", f"--rounds={rounds}", f"--head={head}"]
+    about = record(shlex.join(words + ([f"--llama-cpp={llama_cpp}"] if types else [])))
+    with tempfile.TemporaryDirectory() as folder, bar() as progress:
         task = progress.add_task("starting", total=1.0)
+        for name in types:
+            path = Path(folder) / f"{name}.gguf"
+            config_file = teacher if teacher.suffix == ".json" else teacher / "config.json"
+            gguf_speed.write_random_gguf(path, json.loads(config_file.read_text(encoding="utf-8")), name)
+            programs.append(student_speed.llama_cpp_program(path, name, config.vocabulary, *numbers))
         rows = student_speed.measure_programs(
             programs, rounds, lambda label, done: progress.update(task, description=label, completed=done)
         )
     table_bits = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q6_k": 6.5625, "q4_0": 4.5}[head]
     ternary_bits = 8 * get_scheme("base3").tile_block_bytes / (get_scheme("base3").rows * get_scheme("base3").block)
-    sizes = (student_speed.count_bytes(config, ternary_bits, table_bits), student_speed.count_bytes(config, 16, 16))
-    for row, size in zip(rows, sizes, strict=True):
+    bits = [(ternary_bits, table_bits), (16, 16), *((gguf_speed.TYPES[name],) * 2 for name in types)]
+    for row, (matrix, table) in zip(rows, bits, strict=True):
+        size = student_speed.count_bytes(config, matrix, table)
         row |= {"threads": threads, "n_prompt": n_prompt, "n_generate": n_generate}
         row |= {"matrix_bytes": size["matrices"], "table_bytes": size["tables"]}
+    about["load_average_after"] = record("")["load_average"]
+    document = {"record": about, "network": raw, "rows": rows}
+    if out is not None:
+        out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     if as_json:
-        emit({"record": record("bitnet-ref distill compare"), "rows": rows})
+        emit(document)
         return
     Console(width=120).print(_table(rows))
 
@@ -137,16 +163,17 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             f"{weights / 1e6:.1f}",
             f"{row['matrix_bytes'] / 1e6:.1f}",
         )
-    ours, theirs = rows
-    total = [row["matrix_bytes"] + row["table_bytes"] for row in (theirs, ours)]
-    table.add_row(
-        "ratio",
-        "",
-        f"{ours['prefill_tokens_per_s'] / theirs['prefill_tokens_per_s']:.2f}",
-        f"{ours['decode_tokens_per_s'] / theirs['decode_tokens_per_s']:.2f}",
-        f"1/{theirs['peak_resident_bytes'] / ours['peak_resident_bytes']:.2f}",
-        f"1/{total[0] / total[1]:.2f}",
-        f"1/{theirs['matrix_bytes'] / ours['matrix_bytes']:.2f}",
-        style="bold",
-    )
+    ours = rows[0]
+    for theirs in rows[1:]:
+        total = [row["matrix_bytes"] + row["table_bytes"] for row in (theirs, ours)]
+        table.add_row(
+            f"ratio to {theirs['program']}",
+            theirs["stored"],
+            f"{ours['prefill_tokens_per_s'] / theirs['prefill_tokens_per_s']:.2f}",
+            f"{ours['decode_tokens_per_s'] / theirs['decode_tokens_per_s']:.2f}",
+            f"1/{theirs['peak_resident_bytes'] / ours['peak_resident_bytes']:.2f}",
+            f"1/{total[0] / total[1]:.2f}",
+            f"1/{theirs['matrix_bytes'] / ours['matrix_bytes']:.2f}",
+            style="bold",
+        )
     return table

@@ -27,7 +27,7 @@ from bitnet_ref.reference.config import ModelConfig
 from bitnet_ref.runtime.load import load
 from bitnet_ref.runtime.model import Model
 
-__all__ = ["Program", "count_bytes", "measure_programs", "student_program", "teacher_program"]
+__all__ = ["Program", "count_bytes", "llama_cpp_program", "measure_programs", "student_program", "teacher_program"]
 
 _FIGURES = ("prefill_tokens_per_s", "decode_tokens_per_s", "peak_resident_bytes")
 
@@ -70,6 +70,15 @@ def teacher_program(model: str | os.PathLike[str], threads: int, n_prompt: int, 
     numbers = ("--threads", str(threads), "--prompt", str(n_prompt), "--generate", str(n_generate))
     command = (sys.executable, "-P", "-m", "bitnet_ref.distill.teacher_speed", os.fspath(model), *numbers)
     return Program("PyTorch", "bfloat16", command, (("OMP_NUM_THREADS", str(threads)),))
+
+
+def llama_cpp_program(
+    path: str | os.PathLike[str], type_name: str, vocabulary: int, threads: int, n_prompt: int, n_generate: int
+) -> Program:
+    """The teacher's network in llama.cpp; `path` is a file of :mod:`bitnet_ref.measure.gguf_speed`."""
+    numbers = ("--threads", str(threads), "--prompt", str(n_prompt), "--generate", str(n_generate))
+    command = (sys.executable, "-P", "-m", "bitnet_ref.measure.gguf_speed", os.fspath(path), *numbers)
+    return Program("llama.cpp", type_name, (*command, "--vocabulary", str(vocabulary)))
 
 
 def measure_programs(

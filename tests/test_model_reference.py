@@ -534,6 +534,11 @@ def test_rope_in_both_spellings():
         assert ModelConfig.from_hf(newer) == ModelConfig.from_hf({**LLAMA, "rope_scaling": entry})
 
 
+def test_what_transformers_keeps_of_a_gguf_file_has_no_effect():
+    kept = {"_model_name_or_path": "Smollm2 135M 8k", "unk_token_id": 0}
+    assert ModelConfig.from_hf(LLAMA | kept) == ModelConfig.from_hf(LLAMA)
+
+
 @pytest.mark.parametrize(
     "base, change, words",
     (

@@ -352,9 +352,10 @@ _OTHER_NAMES = {"self_attn.inner_attn_ln.weight": _SUB_NORMS[0], "mlp.ffn_layern
 # Keys that cannot change a logit of a single unpadded sequence: names of files and programs, tokens, training, storage.
 _WITHOUT_EFFECT = frozenset(
     {
+        "_model_name_or_path",  # what transformers keeps of a GGUF file's name
         *("_name_or_path", "architectures", "auto_map", "model_type", "transformers_version", "unsloth_version"),
         *("is_bitnet_config", "is_llama_config", "is_decoder", "is_encoder_decoder", "transformers.js_config"),
-        *("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "problem_type"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "id2label", "label2id", "problem_type"),
         *("attention_dropout", "initializer_range", "pretraining_tp", "_attn_implementation_autoset"),
         *("dtype", "torch_dtype", "use_cache", "cache_implementation", "chunk_size_feed_forward"),
         *("output_attentions", "output_hidden_states", "return_dict"),

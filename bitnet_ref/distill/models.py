@@ -133,6 +133,8 @@ def _from_folder(model: Model) -> nn.Module:
         raise FormatError(f"{folder} must have the weights of its model: {_short(error)}") from error
     if type(found).__name__ not in FAMILIES:
         raise FormatError(f"a student can be made of {', '.join(FAMILIES)}, {folder} has {type(found).__name__}")
+    if gguf and hasattr(found.config, "quantization_config"):
+        del found.config.quantization_config  # its weights are floats now, and are saved as such
     missing = sorted(info["missing_keys"])
     if missing:
         raise FormatError(

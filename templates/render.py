@@ -33,6 +33,11 @@ def fields_of_81(digits):
     return [sum((r // 3**i % 3) << (2 * i) for i in range(digits)) if r < 81 else 0 for r in range(128)]
 
 
+def inverse32(n):
+    """n * inverse32(n) = 1 modulo 2**32, as a signed number: an exact division by an odd n is a product."""
+    return (pow(n, -1, 2**32) + 2**31) % 2**32 - 2**31
+
+
 def divided(value, divisor):
     """C int expression of ``value`` divided by ``divisor``, where there is no remainder.
 
@@ -42,7 +47,7 @@ def divided(value, divisor):
     odd = divisor >> twos
     if twos:
         value = f"({value}) >> {twos}"
-    return value if odd == 1 else f"<int>(<unsigned int>({value}) * {pow(odd, -1, 2**32)}u)"
+    return value if odd == 1 else f"<int>(<unsigned int>({value}) * {inverse32(odd) % 2**32}u)"
 
 
 def environment():
@@ -55,8 +60,7 @@ def environment():
         keep_trailing_newline=True,
     )
     env.globals["fields_of_81"] = fields_of_81
-    # n * inverse32[n] = 1 modulo 2^32, as a signed number: an exact division by an odd n is a product.
-    env.globals["inverse32"] = {n: (pow(n, -1, 2**32) + 2**31) % 2**32 - 2**31 for n in (3, 9, 27, 81)}
+    env.globals["inverse32"] = inverse32
     env.globals["divided"] = divided
     return env
 

@@ -332,7 +332,7 @@ RANDOM |= {"rope_theta": 1e4, "hidden_act": "silu", "tie_word_embeddings": True}
 @pytest.mark.parametrize(("kind", "tied"), [("Llama", True), ("Llama", False), ("Qwen3", True)])
 def test_llama_cpp_times_networks_of_random_weights(kind, tied, type_name, tmp_path):
     raw = RANDOM | {"architectures": [f"{kind}ForCausalLM"], "model_type": kind.lower(), "tie_word_embeddings": tied}
-    gguf_speed.write_random_gguf(tmp_path / "made.gguf", raw, type_name)
+    gguf_speed.write_float_gguf(tmp_path / "made.gguf", raw, type_name)
     tensors = gguf.GGUFReader(tmp_path / "made.gguf").tensors
     config = ModelConfig.from_hf(raw)
     assert len(tensors) == len(config.tensor_shapes())

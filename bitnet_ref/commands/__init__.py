@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from bitnet_ref.errors import BitnetRefError
 
-__all__ = ["FAILURES", "bar", "command", "emit", "json_option"]
+__all__ = ["FAILURES", "bar", "command", "emit", "json_option", "write_json"]
 
 FAILURES = (BitnetRefError, ValueError, TypeError, OSError, MemoryError)
 
@@ -37,6 +39,16 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 def emit(document: object) -> None:
     """One JSON document on standard output; NaN and infinity would not be JSON and are refused."""
     click.echo(json.dumps(document, indent=2, allow_nan=False))
+
+
+def write_json(path: Path, document: object) -> None:
+    """A JSON file, complete or not there: written under a temporary name first."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def bar() -> Progress:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from bitnet_ref.commands import bar, command, emit
+from bitnet_ref.commands import bar, command, emit, write_json
 from bitnet_ref.commands.model import bench
 
 __all__ = ["bench"]
@@ -131,16 +130,6 @@ def bench_table(results: Path) -> None:
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{results.name} is no result of bench all: {type(error).__name__} {error}") from None
     click.echo(text, nl=False)
-
-
-def write_json(path: Path, document: object) -> None:
-    """A JSON file, complete or not there: written under a temporary name first."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _print(found: dict[str, Any]) -> None:

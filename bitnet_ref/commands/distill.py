@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any
 
 import click
 
-from bitnet_ref.commands import command, emit, json_option
+from bitnet_ref.commands import command, emit, json_option, write_json
 from bitnet_ref.commands.student import compare, prove
 from bitnet_ref.errors import BitnetRefError
 
@@ -123,9 +121,7 @@ def study(texts: Path, out: Path, steps: int, seeds: int) -> None:
 
     results = module.run(texts, steps, seeds, click.echo)
     header = record(f"bitnet-ref distill study --steps {steps} --seeds {seeds}") | {"torch": results.pop("torch")}
-    temporary = out.with_name(f".{out.name}")
-    temporary.write_text(json.dumps({"record": header, **results}) + "\n", encoding="utf-8")
-    os.replace(temporary, out)
+    write_json(out, {"record": header, **results})
 
 
 distill.add_command(prove)

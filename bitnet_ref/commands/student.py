@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from bitnet_ref.commands import bar, command, emit, json_option
+from bitnet_ref.commands import bar, command, emit, json_option, write_json
 from bitnet_ref.errors import BitnetRefError
 
 __all__ = ["compare", "prove"]
@@ -100,7 +100,9 @@ def compare(
     from bitnet_ref.measure.peers import check_available
     from bitnet_ref.measure.record import record
     from bitnet_ref.reference.config import ModelConfig
+    from bitnet_ref.reference.head import TABLE_TYPES
     from bitnet_ref.reference.packing import get_scheme
+    from bitnet_ref.runtime.model import head_type
 
     if student.suffix == ".json":
         raw, names = json.loads(student.read_text(encoding="utf-8")), ()
@@ -125,12 +127,13 @@ def compare(
         for name in types:
             path = Path(folder) / f"{name}.gguf"
             config_file = teacher if teacher.suffix == ".json" else teacher / "config.json"
-            gguf_speed.write_random_gguf(path, json.loads(config_file.read_text(encoding="utf-8")), name)
+            gguf_speed.write_float_gguf(path, json.loads(config_file.read_text(encoding="utf-8")), name)
             programs.append(student_speed.llama_cpp_program(path, name, config.vocabulary, *numbers))
         rows = student_speed.measure_programs(
             programs, rounds, lambda label, done: progress.update(task, description=label, completed=done)
         )
-    table_bits = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q6_k": 6.5625, "q4_0": 4.5}[head]
+    table_block, table_block_bytes = TABLE_TYPES[head_type(head)]
+    table_bits = 8 * table_block_bytes / table_block
     ternary_bits = 8 * get_scheme("base3").tile_block_bytes / (get_scheme("base3").rows * get_scheme("base3").block)
     bits = [(ternary_bits, table_bits), (16, 16), *((gguf_speed.TYPES[name],) * 2 for name in types)]
     for row, (matrix, table) in zip(rows, bits, strict=True):
@@ -140,7 +143,7 @@ def compare(
     about["load_average_after"] = record("")["load_average"]
     document = {"record": about, "network": raw, "rows": rows}
     if out is not None:
-        out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_json(out, document)
     if as_json:
         emit(document)
         return

@@ -18,12 +18,11 @@ import gguf
 import numpy as np
 
 from bitnet_ref.errors import BitnetRefError
-from bitnet_ref.formats.gguf_names import hyperparameters
 from bitnet_ref.measure.model_bench import peak_resident_bytes
-from bitnet_ref.measure.peers.llama_model import LlamaModel
+from bitnet_ref.measure.peers.llama_model import LlamaModel, add_metadata
 from bitnet_ref.reference.config import ModelConfig
 
-__all__ = ["TYPES", "write_random_gguf"]
+__all__ = ["TYPES", "write_float_gguf"]
 
 TYPES = {"f16": 16.0, "q8_0": 8.5, "q4_0": 4.5}
 """Of all matrices and tables of such a file, and their bits per weight."""
@@ -32,7 +31,7 @@ _ROWS = 64  # of a matrix that are drawn; the others repeat them
 _ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3"}
 
 
-def write_random_gguf(path: Path, raw: Mapping[str, Any], type_name: str) -> None:
+def write_float_gguf(path: Path, raw: Mapping[str, Any], type_name: str) -> None:
     """Write a network of random weights, all matrices and tables of one type, norms in float32.
 
     Parameters
@@ -59,10 +58,7 @@ def write_random_gguf(path: Path, raw: Mapping[str, Any], type_name: str) -> Non
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     writer = gguf.GGUFWriter(temporary, architecture)
     try:
-        for key, value in hyperparameters(dict(raw), architecture).items():
-            add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
-            add(f"{architecture}.{key}", value)
-        writer.add_string("tokenizer.ggml.model", "no_vocab")
+        add_metadata(writer, raw, architecture)
         for name, shape in config.tensor_shapes().items():
             gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
             if len(shape) == 1:

@@ -185,9 +185,8 @@ def group_rows(raw: np.ndarray, type_name: str) -> np.ndarray:
     n_groups = -(-len(raw) // GROUP_ROWS)
     filled = np.zeros((n_groups * GROUP_ROWS, raw.shape[1]), np.uint8)
     filled[: len(raw)] = raw
-    blocks = filled.reshape(n_groups, GROUP_ROWS, -1, block_bytes).transpose(
-        0, 2, 1, 3
-    )  # (groups, blocks, rows, bytes)
+    blocks = filled.reshape(n_groups, GROUP_ROWS, -1, block_bytes)
+    blocks = blocks.swapaxes(1, 2)  # (groups, blocks, rows, bytes)
     parts = []
     for starts, size in _parts(type_name):
         pieces = blocks[..., starts[:, None] + np.arange(size)]  # (groups, blocks, rows, pieces, bytes)

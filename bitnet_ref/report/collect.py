@@ -117,27 +117,25 @@ def modelled_results() -> dict[str, Any]:
     }
 
 
-def parity_results() -> list[dict[str, Any]]:
-    """Errors against transformers, which the base install lacks: from the file that ``make parity`` wrote."""
-    text = resources.files("bitnet_ref.report").joinpath("parity_transformers.json").read_text(encoding="utf-8")
-    kept = json.loads(text)
+def _kept(name: str, *versions: str) -> tuple[dict[str, Any], str]:
+    """A file of results of programs that the base install lacks, and where they come from."""
+    kept = json.loads(resources.files("bitnet_ref.report").joinpath(name).read_text(encoding="utf-8"))
     about = kept["record"]
-    source = (
-        f"make parity, measured on {about['date'][:10]}, {about['cpu']}, commit {about['commit']}, "
-        f"transformers {about['transformers']}, torch {about['torch']}; not on this machine"
+    return kept, (
+        f"{about['command']}, measured on {about['date'][:10]}, {about['cpu']}, commit {about['commit']}, "
+        f"{', '.join(f'{version} {about[version]}' for version in versions)}; not on this machine"
     )
+
+
+def parity_results() -> list[dict[str, Any]]:
+    """Errors against transformers: from the file that ``make parity`` wrote."""
+    kept, source = _kept("parity_transformers.json", "transformers", "torch")
     return [{**row, "kind": "measured", "source": source} for row in kept["rows"]]
 
 
 def training_results() -> dict[str, Any]:
-    """Small models trained over seeds, which takes PyTorch and time: from the file that measure_training wrote."""
-    text = resources.files("bitnet_ref.report").joinpath("training_study.json").read_text(encoding="utf-8")
-    kept = json.loads(text)
-    about = kept["record"]
-    source = (
-        f"{about['command']}, measured on {about['date'][:10]}, {about['cpu']}, commit {about['commit']}, "
-        f"torch {about['torch']}; not on this machine"
-    )
+    """Small models trained over seeds, which takes PyTorch and time: from the file that ``distill study`` wrote."""
+    kept, source = _kept("training_study.json", "torch")
     about = {"kind": "measured", "source": source}
     runs = {key: [{**row, **about} for row in kept[key]] for key in ("scratch", "continued")}
     return {**about, "settings": kept["settings"], **runs}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from bitnet_ref.measure.peers.worker import answer
 from bitnet_ref.reference.config import ModelConfig
 from bitnet_ref.runtime.model import EMBEDDING, encode_table, head_type
 
-__all__ = ["ARCHITECTURES", "LlamaModel", "serve", "write_random_gguf"]
+__all__ = ["ARCHITECTURES", "LlamaModel", "add_metadata", "serve", "write_random_gguf"]
 
 ARCHITECTURES = {"llama.cpp": "bitnet", "ik_llama.cpp": "bitnet-b1.58"}
 """Under which name each reads this network. llama.cpp's computes SiLU where 2B4T has squared ReLU: the same work."""
@@ -87,8 +88,17 @@ def write_random_gguf(path: Path, peer: str, config: ModelConfig, type_name: str
         temporary.unlink(missing_ok=True)
 
 
+def add_metadata(writer: gguf.GGUFWriter, raw: Mapping[str, Any], architecture: str) -> None:
+    """What llama.cpp wants to know of a network without a tokenizer; `raw` is a ``config.json``."""
+    for key, value in hyperparameters(dict(raw), architecture).items():
+        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+        add(f"{architecture}.{key}", value)
+    writer.add_string("tokenizer.ggml.model", "no_vocab")
+
+
 def _metadata(writer: gguf.GGUFWriter, config: ModelConfig, architecture: str) -> None:
-    values = hyperparameters(
+    add_metadata(
+        writer,
         {
             "vocab_size": config.vocabulary,
             "hidden_size": config.hidden,
@@ -104,10 +114,6 @@ def _metadata(writer: gguf.GGUFWriter, config: ModelConfig, architecture: str) -
         },
         architecture,
     )
-    for key, value in values.items():
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
-        add(f"{architecture}.{key}", value)
-    writer.add_string("tokenizer.ggml.model", "no_vocab")
 
 
 def _gguf_name(name: str) -> str:

@@ -16,7 +16,8 @@ transformers = pytest.importorskip("transformers", reason="training needs the ex
 
 from test_distill_student import build  # noqa: E402
 
-from bitnet_ref.distill import export, student  # noqa: E402  (it imports torch)
+from bitnet_ref.distill import config as configs  # noqa: E402
+from bitnet_ref.distill import export, models, student  # noqa: E402  (they import torch)
 
 PROMPTS = [np.random.default_rng(i).integers(0, 101, 1 + 3 * i).tolist() for i in range(20)]
 LABELS = ([3, 50, 7], ["a", "b", "c"], [i % 3 for i in range(20)])
@@ -101,3 +102,42 @@ def test_compare_times_both_and_counts_their_bytes(made, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 1 and "PyTorch ended with exit code 1 and no figures; it said" in result.stderr
+
+
+def test_a_model_from_gguf_is_saved_as_the_floats_that_it_is(tmp_path):
+    """transformers keeps how a GGUF file was quantised; a folder of float weights that says so could not be read."""
+    gguf = pytest.importorskip("gguf")
+    sizes = {"block_count": 1, "context_length": 64, "embedding_length": 64, "feed_forward_length": 96}
+    sizes |= {"attention.head_count": 2, "attention.head_count_kv": 1, "rope.dimension_count": 32, "vocab_size": 64}
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    for key, value in sizes.items():
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    rng = np.random.default_rng(0)
+    shapes = {"token_embd": (64, 64), "output_norm": (64,), "blk.0.attn_norm": (64,), "blk.0.ffn_norm": (64,)}
+    shapes |= {"blk.0.attn_q": (64, 64), "blk.0.attn_k": (32, 64), "blk.0.attn_v": (32, 64)}
+    shapes |= {
+        "blk.0.attn_output": (64, 64),
+        "blk.0.ffn_gate": (96, 64),
+        "blk.0.ffn_up": (96, 64),
+        "blk.0.ffn_down": (64, 96),
+    }
+    for name, shape in shapes.items():
+        values = rng.standard_normal(shape).astype(np.float32)
+        kind = gguf.GGMLQuantizationType.Q8_0
+        if len(shape) == 1:
+            writer.add_tensor(f"{name}.weight", np.abs(values))
+        else:
+            writer.add_tensor(f"{name}.weight", gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    base = models.load_base(configs.Model(folder=str(tmp_path), gguf_file="m.gguf"), 0, 64)
+    student.save_student(base, tmp_path / "saved", ternary=False)
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+    tokens = rng.integers(0, 64, 9)
+    with torch.no_grad():
+        expected = base(torch.from_numpy(tokens)[None]).logits[0].numpy()
+    got = load(tmp_path / "saved", head="f32").logits(tokens)
+    np.testing.assert_allclose(got, expected, atol=1e-4 * np.ptp(expected))

@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 import jinja2
+import numpy as np
 import pytest
 
-from bitnet_ref import kernels
+from bitnet_ref import kernels, verify
 from bitnet_ref._native import _table
 from bitnet_ref.kernels import KernelName
 from bitnet_ref.reference.packing import SCHEMES, get_scheme
@@ -387,3 +388,16 @@ def test_table_sums_fit_their_lanes():
     blocks = int(re.search(r"min\(b \+ (\d+), n_blocks\)", source(KernelName("gemv_i8_tl2_64x24__scalar")))[1])
     assert 8 * 14 <= 127  # int8: a digit of each of a block's eight lookups
     assert blocks * 8 * 3 * 128 <= 2**15 - 1  # int16: three activations an entry
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512vnni", "avx512vbmi"])
+def test_panels_are_verified(isa):
+    """As many tokens and tiles as panels begin at, also where that number has been raised."""
+    loaded = render.environment().get_template(f"isa/{isa}.pyx.j2")
+    module = loaded.make_module({"op": "gemm", "scheme_name": "i2", "isa_name": isa, "rows": 4, "block": 64})
+    for rows, tokens in module.PANEL_TOKENS.items():
+        scheme = {4: "i2_4x64", 5: "base3_5x64"}[rows]
+        cases = list(verify.cases(KernelName(f"gemm_i8_{scheme}__{isa}"), np.random.default_rng(0), 1))
+        panels = [case for case in cases if len(case.x_q) >= tokens and len(case.w_q) >= rows * module.LANES]
+        assert len(panels) >= 5 and any("all weights" in str(case) for case in panels)
+        assert tokens <= 24  # what test_kernels.py takes as the beginning

@@ -113,9 +113,10 @@ def rounds(programs: Sequence[Program], n_rounds: int, threads: int, slow_turns:
         Share of all processors' time that other processes took; empty where the system keeps no such account.
     """
     others = []
-    for _ in range(n_rounds):
+    for n in range(n_rounds):
+        first = n % max(1, len(programs))  # another one each time: what is first may meet workers of the last that spin
         account, start, own = busy_seconds(), time.perf_counter(), time.process_time()
-        for program in programs:
+        for program in [*programs[first:], *programs[:first]]:
             if len(program.times) >= slow_turns and program.times[0] > 20 * SLICE_NS:
                 continue
             before = time.process_time()

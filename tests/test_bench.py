@@ -293,7 +293,7 @@ def test_no_ratio_without_verified_figures():
 
 def test_a_turn_is_timed_when_all_threads_are_awake(monkeypatch):
     """The first calls after a pause may be thirty times slower, for longer than any fixed time, and are not counted."""
-    now, awake_at = [0], [20_000_000]
+    now, awake_at = [0], [200_000_000]
     monkeypatch.setattr(turns.time, "perf_counter_ns", lambda: now[0])
 
     def call(i):
@@ -306,8 +306,10 @@ def test_a_turn_is_timed_when_all_threads_are_awake(monkeypatch):
         ns, _ = program.turn()
         assert ns == 100_000
         assert now[0] - begun >= max(pause, turns.WAKE_NS) + turns.SLICE_NS
-    awake_at[0] = now[0] + 10 * turns.LONGEST_WAKE_NS  # slower for good: it is timed as it is
+    awake_at[0] = now[0] + 2 * turns.LONGEST_WAKE_NS  # slower for good: it is timed as it is
     assert program.turn()[0] == 3_000_000
+    awake_at[0] = now[0] + 200_000_000  # and is no measure for later turns
+    assert program.turn()[0] == 100_000
 
 
 def test_work_before_a_turn_is_the_programs_own(monkeypatch):

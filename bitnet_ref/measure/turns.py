@@ -32,7 +32,12 @@ LONGEST_WAKE_NS = 1_000_000_000
 """Untimed work before each turn. Workers that slept may wake on the processor of the one that woke them, and the system
 takes a while to part them; until then every barrier waits for a time slice: 3 ms a product, not 0.1. Where another
 program's workers still spin on the other processor, that lasts until they sleep. So the work goes on until a call takes
-less than twice what the fastest has taken, for a second at most."""
+less than AWAKE times what the fastest ever has taken, for a second at most."""
+
+FIRST_WAKE_NS = 300_000_000
+"""The same before anything is known: two threads on one processor for all of 30 ms would make half speed the measure."""
+
+AWAKE = 1.3
 
 BUSY = 0.05
 """Share of all processors' time that others may take in a round before it counts as busy."""
@@ -47,27 +52,29 @@ class Program:
     times: list[float] = field(default_factory=list)
 
 
-def wake(call: Callable[[], object], fastest_ns: float = math.inf) -> float:
+def wake(call: Callable[[], object], fastest_ns: float = math.inf, least_ns: int = WAKE_NS) -> float:
     """Call, untimed, until all threads run on processors of their own; see :data:`WAKE_NS`.
 
     Parameters
     ----------
     call : callable
     fastest_ns : float
-        The shortest call of the turn before.
+        The shortest call so far.
+    least_ns : int
+        Call for so long in any case.
 
     Returns
     -------
     float
-        The shortest of these calls: a machine that has become slower for good is waited for once.
+        The shortest call so far, with these.
     """
     start = now = time.perf_counter_ns()
-    taken = shortest_ns = math.inf
-    while now - start < WAKE_NS or (taken > 2 * fastest_ns and now - start < LONGEST_WAKE_NS):
+    taken = math.inf
+    while now - start < least_ns or (taken > AWAKE * fastest_ns and now - start < LONGEST_WAKE_NS):
         call()
         taken, now = time.perf_counter_ns() - now, time.perf_counter_ns()
-        shortest_ns = min(shortest_ns, taken)
-    return shortest_ns
+        fastest_ns = min(fastest_ns, taken)
+    return fastest_ns
 
 
 def sized(row: dict[str, Any], call: Callable[[int], object]) -> Program:
@@ -90,7 +97,7 @@ def sized(row: dict[str, Any], call: Callable[[int], object]) -> Program:
 
 def _per_turn(call: Callable[[int], object]) -> tuple[int, float]:
     """How many units fill a slice, and the shortest call; these first calls also warm caches and threads."""
-    fastest_ns = wake(lambda: call(0))
+    fastest_ns = wake(lambda: call(0), least_ns=FIRST_WAKE_NS)
     start = time.perf_counter_ns()
     call(1)
     return max(1, -(-SLICE_NS // max(1, time.perf_counter_ns() - start))), fastest_ns

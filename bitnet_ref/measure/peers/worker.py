@@ -11,7 +11,7 @@ import numpy as np
 
 from bitnet_ref.measure.peers import ERROR_LIMIT
 from bitnet_ref.measure.problem import problem
-from bitnet_ref.measure.turns import SLICE_NS, wake
+from bitnet_ref.measure.turns import FIRST_WAKE_NS, SLICE_NS, wake
 
 __all__ = ["Candidate", "answer", "products", "serve"]
 
@@ -48,7 +48,7 @@ def products(candidates: Callable[..., Iterator[Candidate]]) -> dict[str, Callab
                 row["note"] = f"error {error:.2g} of the root mean square: it does not compute this product; not timed"
                 found.append((-1, row))
                 continue
-            fastest = wake(call)
+            fastest = wake(call, least_ns=FIRST_WAKE_NS)
             start = time.perf_counter_ns()
             call()
             ns = max(1, time.perf_counter_ns() - start)

@@ -53,6 +53,7 @@ def test_values_and_overrides(tmp_path):
         ("teacher.quantize_over=0.5", r"teacher\.quantize_over must be 0, a teacher is not quantised, got 0\.5"),
         ("teacher.schedule=step", r"teacher\.schedule must be one of cosine, linear, constant, got 'step'"),
         ("losses.positions=all", r"losses\.positions must be one of labels, tokens"),
+        ("losses={hidden = 1.0, teacher_cache = true}", r"losses\.teacher_cache must be false with losses\.hidden"),
         ("losses.alphas=[1, 2]", r"losses\.alphas must be a list of 3, got \[1, 2\]"),
         ("teacher=3", "teacher must be a table, got 3"),
         ("model.sizes=3", r"model\.sizes must be a table"),

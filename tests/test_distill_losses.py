@@ -92,6 +92,20 @@ def test_each_relation_counts_by_its_weight():
     assert whole == pytest.approx(parts[0] + 2 * parts[1] + 3 * parts[2], rel=1e-12)
 
 
+def test_hidden_states_by_hand():
+    """Token by token in units of the teacher's length; padding does not count."""
+    teacher = [np.array([[[3.0, 4.0], [0.0, 2.0], [9.0, 9.0]]]), np.array([[[1.0, 0.0], [0.0, 1.0], [9.0, 9.0]]])]
+    student = [teacher[0] + [[[3.0, 4.0], [1.0, 0.0], [7.0, 7.0]]], teacher[1] * 0.5]
+    mask = np.array([[True, True, False]])
+    assert reference.hidden_state_loss(student, teacher, mask) == pytest.approx(((1 + 0.25) / 2 + 0.25) / 2, rel=1e-14)
+    assert reference.hidden_state_loss(teacher, teacher, mask) == 0
+    assert reference.hidden_state_loss([a * 0 for a in teacher], teacher, mask) == 1
+    with pytest.raises(ValueError, match="at least one position"):
+        reference.hidden_state_loss(student, teacher, mask & False)
+    with pytest.raises(ValueError, match="zip"):
+        reference.hidden_state_loss(student, teacher[:1], mask)
+
+
 def test_input_that_has_no_loss_is_refused():
     student, teacher, mask = case(2)
     with pytest.raises(ValueError, match="at least one position"):
@@ -140,6 +154,23 @@ class TestTorch:
             ).item()
             assert got == pytest.approx(expected, rel=1e-5)
 
+    def test_hidden_states(self):
+        for seed in range(5):
+            student, _, mask = case(seed)
+            teacher = case(seed + 100)[0]
+            s, t, m = self.tensors(student), self.tensors(teacher), self.torch.from_numpy(mask)
+            for a in (*s, *t):
+                a.requires_grad_()
+            got = self.losses.hidden_state_loss(s, t, m)
+            assert got.dtype == self.torch.float32
+            assert got.item() == pytest.approx(reference.hidden_state_loss(student, teacher, mask), rel=1e-5)
+            assert self.losses.hidden_state_loss(t, t, m) == 0
+            got.backward()
+            assert all(a.grad is None for a in t)
+            for mine, other in zip(s, t, strict=True):  # the gradient of a square
+                expected = 2 * (mine - other) / other.square().sum(-1, keepdim=True) / (3 * m.sum())
+                self.torch.testing.assert_close(mine.grad, (expected * m[..., None]).detach())
+
     def test_gradients_are_finite_differences_and_padding_has_none(self):
         """Central differences of the float64 reference along a random direction."""
         student, teacher, mask = case(3)
@@ -178,6 +209,13 @@ class TestTorch:
             return losses.attention_relation_loss(*cut, heads=2, normaliser=normaliser)
 
         parts(relation, relation(slice(None), None), normaliser=n)
+        parts(
+            lambda rows, k: losses.hidden_state_loss(
+                [a[rows] for a in s], [a[rows, :, :12] for a in t], m[rows], normaliser=k
+            ),
+            losses.hidden_state_loss(s, [a[:, :, :12] for a in t], m),
+            normaliser=n,
+        )
         parts(
             lambda rows, k: losses.logits_loss(s[0][rows], s[1][rows], m[rows], normaliser=k),
             losses.logits_loss(s[0], s[1], m),

@@ -158,13 +158,23 @@ def test_one_stage_may_serve_all_seeds(tmp_path):
 
 @pytest.mark.parametrize(
     "setting",
-    ["losses.teacher_cache=true", "student.start=teacher", "student.subln=every-linear", "student.quantizer=b1"],
+    [
+        "losses.teacher_cache=true",
+        "losses.hidden=1.0",
+        "student.start=teacher",
+        "student.subln=every-linear",
+        "student.quantizer=b1",
+    ],
 )
 def test_other_students(tmp_path, setting):
     done = command("tiny", "--out", tmp_path / "o", "--stages", "bitdistill", settings=[*SHORT, setting])
     assert done.exit_code == 0, done.output
     kept = (tmp_path / "o" / "seed-0" / "bitdistill" / "model").exists()
-    assert kept == ("teacher" in setting) == ("checkpoints have no form" not in done.output)
+    assert (
+        kept
+        == ("student.subln" not in setting and "quantizer" not in setting)
+        == ("checkpoints have no form" not in done.output)
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in configs.packaged() if name != "tiny"])

@@ -189,6 +189,22 @@ def test_captured_queries_keys_and_values_make_the_attention(kind):
     assert not attention.v_proj._forward_hooks
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_captured_hidden_states_are_the_residual_stream_behind_each_block(kind):
+    """Those of ``transformers``, which starts with the embedding and has the last one behind the final norm."""
+    model = build(kind)
+    tokens = torch.from_numpy(TOKENS)[None]
+    model.model(input_ids=tokens, output_hidden_states=True)  # adds hooks that stay
+    before = [len(block._forward_hooks) for block in model.model.layers]
+    with student.capture_hidden(model) as kept, torch.no_grad():
+        expected = model.model(input_ids=tokens, output_hidden_states=True).hidden_states
+        assert len(kept) == len(expected) - 1
+        for mine, theirs in zip(kept[:-1], expected[1:-1], strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+        torch.testing.assert_close(model.model.norm(kept[-1]), expected[-1], rtol=0, atol=0)
+    assert [len(block._forward_hooks) for block in model.model.layers] == before
+
+
 def test_what_cannot_be_a_student_is_refused():
     with pytest.raises(ValueError, match=r"made of LlamaForCausalLM, Qwen2ForCausalLM, .*, got Linear"):
         student.ternarise(torch.nn.Linear(2, 2))

@@ -74,7 +74,8 @@ def distillation(losses=None, seed=1):
 def live(losses, model=None):
     layer = losses.layer if losses.teacher_layer is None else losses.teacher_layer
     scored = objective.Scored(model or build(seed=7)).requires_grad_(False)
-    return LiveTeacher(scored, layer if losses.gamma else None, after_rope=losses.after_rope)
+    layer = layer if losses.gamma else None
+    return LiveTeacher(scored, layer, after_rope=losses.after_rope, hidden=losses.hidden > 0)
 
 
 def run(folder, training=TRAINING, made=None, **options):
@@ -136,31 +137,38 @@ def test_language_modelling_is_the_loss_of_all_logits():
 
 @pytest.mark.parametrize("positions", ["labels", "tokens"])
 def test_distillation_is_the_sum_of_its_losses_over_all_logits(positions):
-    losses = Losses(lambda_=3.0, gamma=7.0, tau=2.0, heads=2, positions=positions, layer=0, teacher_layer=1)
+    losses = Losses(lambda_=3.0, gamma=7.0, hidden=5.0, tau=2.0, heads=2, positions=positions, layer=0, teacher_layer=1)
     made, part = distillation(losses), batch(2)
     got = made(**tensors(part), counts=trainer.Counts.of(part))
     ids, mask, labels = tensors(part).values()
     pupil, teacher = made.scored.model, made._teacher._scored.model
-    with student.capture_qkv(pupil, 0) as q, student.capture_qkv(teacher, 1) as p, torch.no_grad():
+    with (
+        student.capture_qkv(pupil, 0) as q,
+        student.capture_qkv(teacher, 1) as p,
+        student.capture_hidden(pupil) as s,
+        student.capture_hidden(teacher) as h,
+        torch.no_grad(),
+    ):
         ours, theirs = (m(input_ids=ids, attention_mask=mask).logits for m in (pupil, teacher))
         where = mask.bool() if positions == "tokens" else objective.label_positions(labels)
         expected = {
             "ce": losses_module.causal_lm_loss(ours, labels),
             "ld": losses_module.logits_loss(ours, theirs, where, tau=2.0),
             "ad": losses_module.attention_relation_loss(tuple(q), tuple(p), mask.bool(), heads=2),
+            "hd": losses_module.hidden_state_loss(s, h, mask.bool()),
         }
-    expected["loss"] = expected["ce"] + 3 * expected["ld"] + 7 * expected["ad"]
+    expected["loss"] = expected["ce"] + 3 * expected["ld"] + 7 * expected["ad"] + 5 * expected["hd"]
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value)
     made.close()
-    assert not pupil.model.layers[0].self_attn.v_proj._forward_hooks
+    assert not pupil.model.layers[0].self_attn.v_proj._forward_hooks and not pupil.model.layers[0]._forward_hooks
 
 
 def test_a_student_that_is_the_teacher_has_no_distillation_loss():
-    losses = Losses(heads=2)
+    losses = Losses(heads=2, hidden=1.0)
     made, part = objective.Distillation(build(), live(losses, build()), losses), batch(3)
     got = made(**tensors(part), counts=trainer.Counts.of(part))
-    assert abs(got["ld"]) < 1e-6 and abs(got["ad"]) < 1e-6 and got["ce"] > 1
+    assert abs(got["ld"]) < 1e-6 and abs(got["ad"]) < 1e-6 and got["hd"] == 0 and got["ce"] > 1
 
 
 def test_a_loss_without_weight_is_not_computed():
@@ -169,6 +177,7 @@ def test_a_loss_without_weight_is_not_computed():
         (Losses(lambda_=0.0, heads=2), {"loss", "ce", "ad"}),
         (Losses(gamma=0.0), {"loss", "ce", "ld"}),
         (Losses(lambda_=0.0, gamma=0.0), {"loss", "ce"}),
+        (Losses(lambda_=0.0, gamma=0.0, hidden=1.0), {"loss", "ce", "hd"}),
     ):
         assert set(distillation(losses)(**tensors(part), counts=trainer.Counts.of(part))) == names
 

@@ -136,6 +136,9 @@ class Losses:
 
     lambda_: float = 10.0
     gamma: float = 1e5
+    hidden: float = 0.0
+    """Weight of one more term, L_HD, which is not in [BitDistill]: how far the residual streams of student and teacher
+    are apart behind every block, see :func:`bitnet_ref.reference.losses.hidden_state_loss`."""
     tau: float = 5.0
     tau_squared: bool = False
     positions: str = "labels"
@@ -286,6 +289,8 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
         raise ValueError(
             f"teacher.quantize_over must be 0, a teacher is not quantised, got {config.teacher.quantize_over}"
         )
+    if config.losses.hidden and config.losses.teacher_cache:
+        raise ValueError("losses.teacher_cache must be false with losses.hidden: it does not keep hidden states")
     if len(set(config.seeds)) != len(config.seeds) or not config.seeds:
         raise ValueError(f"seeds must be different numbers, at least one, got {list(config.seeds)}")
     return config

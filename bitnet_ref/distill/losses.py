@@ -6,11 +6,13 @@ the whole batch where a batch is cut into parts, and the parts' losses add up to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["attention_relation_loss", "causal_lm_loss", "logits_loss"]
+__all__ = ["attention_relation_loss", "causal_lm_loss", "hidden_state_loss", "logits_loss"]
 
 
 def causal_lm_loss(logits: Tensor, labels: Tensor, *, normaliser: float | None = None) -> Tensor:
@@ -132,6 +134,38 @@ def attention_relation_loss(
             kl = log_p.exp() * (log_p - log_q).masked_fill(hidden, 0)  # (B, A_r, T, T)
             total = total + alpha * (kl.sum((1, 3)) * mask).sum()
     return total / (heads * (n if normaliser is None else normaliser))
+
+
+def hidden_state_loss(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor, *, normaliser: float | None = None
+) -> Tensor:
+    """Distance of hidden states; see :func:`bitnet_ref.reference.losses.hidden_state_loss`.
+
+    Parameters
+    ----------
+    student, teacher : L tensors of shape (B, T, K), floating point
+        No gradient flows into the teacher's.
+    mask : tensor of shape (B, T), bool
+        True for real tokens, False for padding.
+    normaliser : float, optional
+        Instead of the number of real tokens.
+
+    Returns
+    -------
+    tensor of shape (), float32
+
+    Raises
+    ------
+    ValueError
+        If every token is padding.
+    """
+    n = _count(mask)
+    total = torch.zeros((), device=mask.device)
+    with torch.autocast(mask.device.type, enabled=False):
+        for s, h in zip(student, teacher, strict=True):
+            h = h.detach()[mask].float()  # (N, K)
+            total = total + ((s[mask].float() - h).square().sum(-1) / h.square().sum(-1)).sum()
+    return total / (len(student) * (n if normaliser is None else normaliser))
 
 
 def _log_relations(a: Tensor, hidden: Tensor, heads: int, cosine: bool) -> Tensor:

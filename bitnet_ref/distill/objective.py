@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bitnet_ref.distill.config import Losses
-from bitnet_ref.distill.losses import attention_relation_loss, logits_loss
-from bitnet_ref.distill.student import capture_qkv
+from bitnet_ref.distill.losses import attention_relation_loss, hidden_state_loss, logits_loss
+from bitnet_ref.distill.student import capture_hidden, capture_qkv
 from bitnet_ref.distill.teacher_cache import coarsen
 from bitnet_ref.distill.trainer import Counts
 
@@ -91,13 +91,14 @@ class LanguageModelling(nn.Module):
 
 
 class Distillation(nn.Module):
-    """L = L_CE + lambda L_LD + gamma L_AD, [BitDistill, Eq. 13].
+    """L = L_CE + lambda L_LD + gamma L_AD, [BitDistill, Eq. 13], and if asked for the distance of hidden states.
 
     Parameters
     ----------
     student : Module
     teacher : LiveTeacher or TeacherCache
-        See :mod:`bitnet_ref.distill.teacher_cache`; it gives the relations if gamma is above 0.
+        See :mod:`bitnet_ref.distill.teacher_cache`; it gives the relations if gamma is above 0, and the hidden states
+        if their weight is.
     losses : Losses
 
     Raises
@@ -117,13 +118,15 @@ class Distillation(nn.Module):
         self._hooks = ExitStack()
         if losses.gamma:
             self._qkv = self._hooks.enter_context(capture_qkv(student, losses.layer, after_rope=losses.after_rope))
+        if losses.hidden:
+            self._hidden = self._hooks.enter_context(capture_hidden(student))
 
     def close(self) -> None:
         """Remove the hooks."""
         self._hooks.close()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, counts: Counts) -> dict[str, Tensor]:
-        """``loss`` and its terms before their weights: ``ce``, ``ld``, ``ad``, each in nats a position."""
+        """``loss`` and its terms before their weights: ``ce``, ``ld``, ``ad`` in nats a position, ``hd``."""
         losses = self._losses
         scored = label_positions(labels)
         compared = compared_positions(losses, attention_mask, labels)
@@ -131,7 +134,7 @@ class Distillation(nn.Module):
         student = self.scored(input_ids, attention_mask, wanted)  # (N, V)
         terms = {"ce": _cross_entropy(student[scored[wanted]], labels) / max(counts.labels, 1)}
         total = terms["ce"]
-        if losses.lambda_ or losses.gamma:
+        if losses.lambda_ or losses.gamma or losses.hidden:
             teacher = self._teacher.outputs(input_ids, attention_mask, compared)
         if losses.lambda_:
             rows = student[compared[wanted]]
@@ -158,6 +161,11 @@ class Distillation(nn.Module):
                 normaliser=counts.tokens,
             )
             total = total + losses.gamma * terms["ad"]
+        if losses.hidden:
+            terms["hd"] = hidden_state_loss(
+                self._hidden, teacher.hidden, attention_mask.bool(), normaliser=counts.tokens
+            )
+            total = total + losses.hidden * terms["hd"]
         return {"loss": total, **terms}
 
 

@@ -454,6 +454,7 @@ class Run:
             losses,
             lambda_=losses.lambda_ if variant.logits else 0.0,
             gamma=losses.gamma if variant.attention else 0.0,
+            hidden=losses.hidden if variant.logits and variant.attention else 0.0,  # the others show one loss alone
         )
 
     def _build(
@@ -473,7 +474,12 @@ class Run:
         if self.config.distill.autocast == "bfloat16":
             teacher.to(torch.bfloat16)
         layer = losses.layer if losses.teacher_layer is None else losses.teacher_layer
-        source: Any = LiveTeacher(Scored(teacher), layer if losses.gamma else None, after_rope=losses.after_rope)
+        source: Any = LiveTeacher(
+            Scored(teacher),
+            layer if losses.gamma else None,
+            after_rope=losses.after_rope,
+            hidden=losses.hidden > 0,
+        )
         close = source.close
         if losses.teacher_cache:
             if not self.devices.main:

@@ -24,7 +24,16 @@ from torch import Tensor, nn
 
 from bitnet_ref.distill.bitlinear import BitLinear
 
-__all__ = ["PLACEMENTS", "NormedLinear", "Relations", "capture_qkv", "insert_subln", "save_student", "ternarise"]
+__all__ = [
+    "PLACEMENTS",
+    "NormedLinear",
+    "Relations",
+    "capture_hidden",
+    "capture_qkv",
+    "insert_subln",
+    "save_student",
+    "ternarise",
+]
 
 FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM")
 
@@ -308,6 +317,37 @@ def capture_qkv(model: nn.Module, layer: int, *, after_rope: bool = False) -> It
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def capture_hidden(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Keep the residual stream behind every block.
+
+    Parameters
+    ----------
+    model : Module
+
+    Yields
+    ------
+    list of tensors of shape (B, T, hidden)
+        One for each block, replaced by each forward pass inside the block of ``with``.
+
+    Raises
+    ------
+    ValueError
+        If the family is unknown.
+    """
+    _check_family(model)
+    blocks = model.model.layers
+    kept: list[Tensor] = [torch.empty(0)] * len(blocks)
+    with ExitStack() as hooks:
+        for i, block in enumerate(blocks):
+
+            def keep(module: nn.Module, inputs: Any, output: Any, i: int = i) -> None:
+                kept[i] = output if isinstance(output, Tensor) else output[0]
+
+            hooks.callback(block.register_forward_hook(keep).remove)
+        yield kept
 
 
 def _check_placement(model: nn.Module, where: str) -> None:

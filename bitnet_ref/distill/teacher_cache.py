@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from bitnet_ref.distill.student import capture_qkv
+from bitnet_ref.distill.student import capture_hidden, capture_qkv
 from bitnet_ref.distill.tasks import collate
 
 __all__ = ["LiveTeacher", "Outputs", "TeacherCache", "coarsen"]
@@ -53,11 +53,14 @@ class Outputs(NamedTuple):
         For :func:`coarsen` of the student's logits.
     relations : three tensors of shape (B, T, W_j), or nothing
         Queries, keys and values; zero at padding if they come from a cache.
+    hidden : a tensor of shape (B, T, hidden) for each block, or nothing
+        The residual stream behind it.
     """
 
     logits: Tensor
     indices: Tensor | None
     relations: tuple[Tensor, ...]
+    hidden: tuple[Tensor, ...] = ()
 
 
 def coarsen(logits: Tensor, indices: Tensor, tau: float) -> Tensor:
@@ -92,14 +95,19 @@ class LiveTeacher:
         Whose queries, keys and values are given; None for no layer.
     after_rope : bool
         See :func:`bitnet_ref.distill.student.capture_qkv`.
+    hidden : bool
+        Whether the residual stream behind every block is given.
     """
 
-    def __init__(self, scored: nn.Module, layer: int | None = None, *, after_rope: bool = False) -> None:
+    def __init__(
+        self, scored: nn.Module, layer: int | None = None, *, after_rope: bool = False, hidden: bool = False
+    ) -> None:
         self._scored, self._what = scored, [layer, after_rope]
         self._hooks = ExitStack()
         self._relations = None
         if layer is not None:
             self._relations = self._hooks.enter_context(capture_qkv(scored.model, layer, after_rope=after_rope))
+        self._hidden = self._hooks.enter_context(capture_hidden(scored.model)) if hidden else ()
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -115,7 +123,8 @@ class LiveTeacher:
         compared : tensor of shape (B, T), bool
         """
         logits = self._scored(input_ids, attention_mask, compared)
-        return Outputs(logits, None, () if self._relations is None else tuple(self._relations))
+        relations = () if self._relations is None else tuple(self._relations)
+        return Outputs(logits, None, relations, tuple(self._hidden))
 
     def identity(self) -> list[Any]:
         """The layer, and SHA-256 of configuration and weights: two teachers with the same say the same."""

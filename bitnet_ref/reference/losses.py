@@ -1,10 +1,12 @@
-"""The two distillation losses of [BitDistill], in float64 and without speed tricks: what training is tested against."""
+"""The losses of [BitDistill] and one of hidden states, in float64 and without tricks: what training is tested by."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-__all__ = ["attention_relation_loss", "logits_loss", "relations"]
+__all__ = ["attention_relation_loss", "hidden_state_loss", "logits_loss", "relations"]
 
 
 def logits_loss(
@@ -139,6 +141,42 @@ def attention_relation_loss(
             counts = p > 0
             total += alpha * float(np.sum(p[counts] * (np.log(p[counts]) - np.log(q[counts]))))
     return total / (heads * int(mask.sum()))
+
+
+def hidden_state_loss(student: Sequence[np.ndarray], teacher: Sequence[np.ndarray], mask: np.ndarray) -> float:
+    """Distance of the hidden states behind every block, after [TernaryBERT] (arXiv 2009.12812), Eq. 8.
+
+        L_HD = 1 / (L N) sum_l sum_t |s_lt - h_lt|^2 / |h_lt|^2
+
+    Parameters
+    ----------
+    student, teacher : L ndarrays of shape (B, T, K), floating point
+        s and h: the residual stream behind each block.
+    mask : ndarray of shape (B, T), bool
+        The N real tokens; False for padding.
+
+    Returns
+    -------
+    float
+        0 for equal states; 1 for a student of zeros.
+
+    Raises
+    ------
+    ValueError
+        If every token is padding.
+
+    Notes
+    -----
+    Differs: the equation is a mean of squares. Here each token is measured by its own length, since a residual stream
+    grows from block to block and is a thousand times as long on the first token of a text as on others.
+    """
+    if not mask.any():
+        raise ValueError("at least one position must count in the loss, got a mask without any")
+    total = 0.0
+    for s, h in zip(student, teacher, strict=True):
+        s, h = s[mask].astype(np.float64), h[mask].astype(np.float64)  # (N, K)
+        total += float(np.mean(np.sum((s - h) ** 2, -1) / np.sum(h**2, -1)))
+    return total / len(student)
 
 
 def _log_softmax(x: np.ndarray) -> np.ndarray:

@@ -193,6 +193,67 @@ cdef struct input_t:
     int sum
 
 
+cdef struct cache_t:
+    # Keys and values of n tokens: of one layer, `token` and `head` bytes apart.
+    char* keys
+    char* values
+    Py_ssize_t k_token, k_head, v_token, v_head, n, kv_heads, d
+    int half
+
+
+cdef extern from *:
+    """
+    #include <stdint.h>
+    #include <string.h>
+    #define FLOAT16_MAX 65504.0f
+    /* float32 of at most FLOAT16_MAX to float16, halves to even. */
+    static inline uint16_t float_to_half(float value) {
+        uint32_t bits, sign;
+        memcpy(&bits, &value, 4);
+        sign = bits >> 16 & 0x8000;
+        bits &= 0x7fffffff;
+        if (bits < 113u << 23) { /* subnormal: the sum with 1/2 has its last bit at 2^-24 */
+            float magnitude;
+            memcpy(&magnitude, &bits, 4);
+            magnitude += 0.5f;
+            memcpy(&bits, &magnitude, 4);
+            return (uint16_t)(sign | (bits - (126u << 23)));
+        }
+        bits += 0xfff + (bits >> 13 & 1);
+        return (uint16_t)(sign | ((bits >> 13) - (112u << 10)));
+    }
+    static inline void store_half(const float *x, char *to, ptrdiff_t n) {
+        for (ptrdiff_t i = 0; i < n; i++) {
+            const uint16_t half = float_to_half(x[i]);
+            memcpy(to + 2 * i, &half, 2);
+        }
+    }
+    """
+    float FLOAT16_MAX
+    void store_half(const float* x, char* to, Py_ssize_t n) noexcept nogil
+
+
+cdef int store_last(const cache_t* cache, const float* k, const float* v) noexcept nogil:
+    # Keys and values of the last token. Returns 0, with nothing stored, if one is beyond float16.
+    cdef Py_ssize_t head, i, n = cache.kv_heads * cache.d, last = cache.n - 1
+    cdef char* key
+    cdef char* value
+    if cache.half:
+        for i in range(n):
+            if not (fabsf(k[i]) <= FLOAT16_MAX and fabsf(v[i]) <= FLOAT16_MAX):
+                return 0
+    for head in range(cache.kv_heads):
+        key = cache.keys + last * cache.k_token + head * cache.k_head
+        value = cache.values + last * cache.v_token + head * cache.v_head
+        if cache.half:
+            store_half(k + head * cache.d, key, cache.d)
+            store_half(v + head * cache.d, value, cache.d)
+        else:
+            memcpy(key, k + head * cache.d, cache.d * sizeof(float))
+            memcpy(value, v + head * cache.d, cache.d * sizeof(float))
+    return 1
+
+
 cdef enum:
     GROUP_ROWS = 16  # of a table of integers, see reference/head.py
 
@@ -219,18 +280,23 @@ cdef class Steps:
 
     cdef const decoder_steps* call
     cdef int n_threads
-    cdef double product_ns
+    cdef double product_ns, attention_ns
 
     def __init__(self, capsule, int n_threads):
         self.call = <const decoder_steps*>PyCapsule_GetPointer(capsule, b"bitnet_ref.steps/3")
         self.n_threads = n_threads
 
     def take_product_ns(self):
-        """Time that products inside of `project` and `feed_forward` took since this was asked last, in ns.
+        """Time that products inside of `self_attention` and `feed_forward` took since this was asked last, in ns.
 
         With them the rescaling of their sums and the gate, which the same threads do.
         """
         taken, self.product_ns = self.product_ns, 0
+        return taken
+
+    def take_attention_ns(self):
+        """The same of storing keys and values and of attention inside of `self_attention`."""
+        taken, self.attention_ns = self.attention_ns, 0
         return taken
 
     def rms_norm(self, x, weight, float eps, float offset=0.0):
@@ -319,71 +385,125 @@ cdef class Steps:
         first[0] = start * a.rows
         return min(end * a.rows, a.m) - first[0]
 
-    def project(self, x, weight, float eps, float offset, tuple matrices, residual=None):
-        """One token through a norm and the linear layers that read it: [linear(rms_norm(x), matrix) for each matrix].
+    def self_attention(self, x, weight, sub_weight, float eps, float offset, tuple matrices, biases, norms, turns,
+                       keys, values, float scale, window=None):
+        """The attention half of a block for one token, added to itself; x float32 (1, hidden).
+
+        ``x + linear(rms_norm(a, sub_weight), o)``, without the inner norm if sub_weight is None, where a is the attention of
+        the token's queries to keys and values: those of the tokens before it, which the arrays hold, and its own, which are
+        stored as their last row.
 
         Parameters
         ----------
-        x : float32 (1, K)
-        weight : float32 (K,) or None
-            Of the norm; none without.
-        matrices : tuple of one to three Matrix of K columns and one packing
-        residual : float32 (1, M), optional
-            Added to the result of the only matrix.
+        x : float32 (1, hidden)
+        weight : float32 (hidden,)
+        sub_weight : float32 (H * D,) or None
+        matrices : q, k, v and o, each a Matrix; the first three of one packing
+        biases : None, or three arrays float32 (H * D,), (KV * D,), (KV * D,)
+        norms : None, or those of queries and keys, float32 (D,)
+        turns : cos and sin, float32 (1, 1, D / 2)
+        keys, values : float32 or float16 (S, KV, D), of any strides but along D
+        scale : float
+        window : int, optional
 
         Returns
         -------
-        tuple of float32 (1, M)
+        float32 (1, hidden)
         """
-        cdef matrix_t about[MOST_TOGETHER]
+        cdef matrix_t about[4]
         cdef float* target[MOST_TOGETHER]
         cdef int* sums[MOST_TOGETHER]
-        cdef Py_ssize_t n = len(matrices), j, size = 0
-        cdef _View a = _contiguous(x, float32, "x", 2), w = None, r = None
-        if not 1 <= n <= MOST_TOGETHER or residual is not None and n > 1:
-            raise ValueError(f"one to {MOST_TOGETHER} matrices read a token, one with a residual, got {n}")
-        out, views = [], []
-        for j in range(n):
+        cdef const float* bias[MOST_TOGETHER]
+        cdef const float* head_norm[2]
+        cdef cache_t cache
+        cdef Py_ssize_t j, i, size = 0, k = (<Matrix?>matrices[0]).about.k
+        cdef _View a = _contiguous(x, float32, "x", 2), w = _contiguous(weight, float32, "weight", 1)
+        cdef _View cosine = _contiguous(turns[0], float32, "cos", 3), sine = _contiguous(turns[1], float32, "sin", 3)
+        cdef _View b = _View(keys, keys.dtype, "keys", 3, PyBUF_STRIDES)
+        cdef _View c = _View(values, keys.dtype, "values", 3, PyBUF_STRIDES)
+        self._cache_of(keys, b, c, &cache)
+        for j in range(4):
             about[j] = (<Matrix?>matrices[j]).about
-            if about[j].k != about[0].k or about[j].block != about[0].block or about[j].build != about[0].build:
+        for j in range(MOST_TOGETHER):
+            if about[j].k != k or about[j].block != about[0].block or about[j].build != about[0].build:
                 raise ValueError("matrices that read the same token must have the same K and packing")
-            out.append(np.empty((1, about[j].m), float32))
-            views.append(_View(out[j], float32, "y"))
-            target[j] = <float*>(<_View>views[j]).buffer.buf
             size += about[j].n_tiles * about[j].rows
-        cdef Py_ssize_t k = about[0].k
-        if a.size(0) != 1 or a.size(1) != k:
-            raise ValueError(f"x must have shape (1, {k}), got {x.shape}")
-        cdef const float* norm = NULL
-        cdef const float* added = NULL
-        if weight is not None:
-            w = _contiguous(weight, float32, "weight", 1)
-            if w.size(0) != k:
-                raise ValueError(f"weight must have shape ({k},), got {weight.shape}")
-            norm = <const float*>w.buffer.buf
-        if residual is not None:
-            r = _contiguous(residual, float32, "residual", 2)
-            if r.size(0) != 1 or r.size(1) != about[0].m:
-                raise ValueError(f"residual must have shape (1, {about[0].m}), got {residual.shape}")
-            added = <const float*>r.buffer.buf
-        cdef char* memory = <char*>malloc(4 * (k + size) + input_bytes(about))
+        cdef Py_ssize_t d = cache.d, heads = about[0].m // d, width = about[0].m, kv_width = cache.kv_heads * d
+        if (heads * d != width or heads % cache.kv_heads or d % 2 or about[1].m != kv_width or about[2].m != kv_width
+                or about[3].k != width or about[3].m != k or cache.n < 1):
+            raise ValueError(f"q, k, v and o must fit keys of shape {keys.shape}, got {width}, {about[1].m} and {about[2].m} "
+                             f"rows for {k} columns, and {about[3].m} for {about[3].k}")
+        if a.size(0) != 1 or a.size(1) != k or w.size(0) != k or cosine.size(2) != d // 2 or sine.size(2) != d // 2:
+            raise ValueError(f"x must have shape (1, {k}), weight ({k},) and cos and sin (1, 1, {d // 2}), got {x.shape}, "
+                             f"{weight.shape}, {turns[0].shape} and {turns[1].shape}")
+        held = []
+        for j in range(MOST_TOGETHER):
+            bias[j] = NULL if biases is None else self._vector(held, biases[j], "bias", about[j].m)
+        for j in range(2):
+            head_norm[j] = NULL if norms is None else self._vector(held, norms[j], "the norm of heads", d)
+        cdef const float* inner = NULL if sub_weight is None else self._vector(held, sub_weight, "sub_weight", width)
+        y = np.empty((1, k), float32)
+        cdef _View out = _View(y, float32, "y")
+        cdef Py_ssize_t input_size = max(input_bytes(about), input_bytes(about + 3))
+        cdef Py_ssize_t out_size = about[3].n_tiles * about[3].rows, floats = 2 * (width + kv_width) + kv_width + max(k, width)
+        cdef char* memory = <char*>malloc(4 * (floats + size + out_size) + input_size)
         if memory == NULL:
             raise MemoryError("no memory for the activations of a layer")
         cdef float* normed = <float*>memory
-        sums[0] = <int*>memory + k
-        for j in range(1, n):
+        target[0] = normed + max(k, width)
+        target[1] = target[0] + width
+        target[2] = target[1] + kv_width
+        cdef float* turned = target[2] + kv_width  # queries and keys
+        sums[0] = <int*>(turned + width + kv_width)
+        for j in range(1, MOST_TOGETHER):
             sums[j] = sums[j - 1] + about[j - 1].n_tiles * about[j - 1].rows
+        cdef int* out_sums = sums[0] + size
+        cdef char* rest = <char*>(out_sums + out_size)
         cdef const float* source = <const float*>a.buffer.buf
+        cdef float* result = <float*>out.buffer.buf
+        cdef Py_ssize_t seen = cache.n if window is None else max(1, window)
         cdef input_t token
-        cdef int finite
+        cdef int finite, fits = 1, found = 1
+        cdef double start
         with nogil:
-            finite = self._input(source, norm, eps, offset, normed, about, memory + 4 * (k + size), &token)
+            finite = self._input(source, <const float*>w.buffer.buf, eps, offset, normed, about, rest, &token)
             if finite:
-                self._project_shares(about, n, &token, sums, added, target)
+                self._project_shares(about, MOST_TOGETHER, &token, sums, NULL, target)
+                for j in range(MOST_TOGETHER):
+                    if bias[j] != NULL:
+                        for i in range(about[j].m):
+                            target[j][i] += bias[j][i]
+                for j in range(2):
+                    if head_norm[j] != NULL:
+                        for i in range(about[j].m // d):
+                            self.call.norm(target[j] + i * d, head_norm[j], target[j] + i * d, d, eps, offset)
+                    self.call.rotate(target[j], <const float*>cosine.buffer.buf, <const float*>sine.buffer.buf,
+                                     turned + j * width, about[j].m // d, d // 2)
+                start = now_ns()
+                fits = store_last(&cache, turned + width, target[2])
+                # The attention overwrites the queries before their rotation.
+                found = fits and self._attend(turned, 1, heads, &cache, seen, scale, target[0])
+                self.attention_ns += now_ns() - start
+            if finite and found:
+                finite = self._input(target[0], inner, eps, offset, normed, about + 3, rest, &token)
+            if finite and found:
+                self._project_shares(about + 3, 1, &token, &out_sums, source, &result)
         free(memory)
+        if not fits:
+            raise ValueError(f"keys and values must be within {FLOAT16_MAX:,.0f} to be kept as float16, got larger ones")
+        if not found:
+            raise MemoryError("no memory for the scores of attention")
         if not finite:
             raise ValueError("x must be finite in float32, got NaN or infinity")
-        return tuple(out)
+        return y
+
+    cdef const float* _vector(self, list held, array, str name, Py_ssize_t size) except NULL:
+        # Its memory, which `held` keeps.
+        cdef _View a = _contiguous(array, float32, name, 1)
+        if a.size(0) != size:
+            raise ValueError(f"{name} must have shape ({size},), got {array.shape}")
+        held.append(a)
+        return <const float*>a.buffer.buf
 
     cdef void _project_shares(self, const matrix_t* about, Py_ssize_t n, const input_t* token, int** sums,
                               const float* added, float** target) noexcept nogil:
@@ -608,22 +728,47 @@ cdef class Steps:
         self.call.attend(q, heads, k + first * k_token, k_token, v + first * v_token, v_token, n - first, d, half, scale,
                          scratch, out)
 
+    cdef int _cache_of(self, keys, _View b, _View c, cache_t* cache) except -1:
+        if keys.dtype != float32 and keys.dtype != float16:
+            raise TypeError(f"keys must be float32 or float16, got {keys.dtype}")
+        cache.half = keys.dtype == float16
+        cdef Py_ssize_t width = 2 if cache.half else 4
+        if b.buffer.strides[2] != width or c.buffer.strides[2] != width:
+            raise ValueError("the values of one head must lie side by side in keys and values")
+        cache.keys, cache.values = <char*>b.buffer.buf, <char*>c.buffer.buf
+        cache.n, cache.kv_heads, cache.d = b.size(0), b.size(1), b.size(2)
+        cache.k_token, cache.k_head = b.buffer.strides[0], b.buffer.strides[1]
+        cache.v_token, cache.v_head = c.buffer.strides[0], c.buffer.strides[1]
+        if c.size(0) != cache.n or c.size(1) != cache.kv_heads or c.size(2) != cache.d or not cache.kv_heads or not cache.d:
+            raise ValueError(f"keys and values must have the same shape (S, KV, D), got {keys.shape} and "
+                             f"({c.size(0)}, {c.size(1)}, {c.size(2)})")
+        return 0
+
     def attention(self, q, k, v, float scale, window=None):
         """As reference.attention.attention; k and v float32 or float16, of any strides but along D."""
         cdef _View a = _contiguous(q, float32, "q", 3)
-        if k.dtype != float32 and k.dtype != float16:
-            raise TypeError(f"k must be float32 or float16, got {k.dtype}")
         cdef _View b = _View(k, k.dtype, "k", 3, PyBUF_STRIDES), c = _View(v, k.dtype, "v", 3, PyBUF_STRIDES)
-        cdef Py_ssize_t tokens = a.size(0), heads = a.size(1), d = a.size(2), n = b.size(0), kv_heads = b.size(1)
-        if k.shape != v.shape or b.size(2) != d or kv_heads == 0 or heads % kv_heads or n < tokens:
+        cdef cache_t cache
+        self._cache_of(k, b, c, &cache)
+        cdef Py_ssize_t tokens = a.size(0), heads = a.size(1)
+        if a.size(2) != cache.d or heads % cache.kv_heads or cache.n < tokens:
             raise ValueError(f"k and v must have shape (S, KV, D) for q of shape {q.shape}, got {k.shape}, {v.shape}")
-        cdef int half = k.dtype == float16
-        cdef Py_ssize_t width = 2 if half else 4
-        if b.buffer.strides[2] != width or c.buffer.strides[2] != width:
-            raise ValueError("the values of one head must lie side by side in k and v")
-        cdef Py_ssize_t seen = n if window is None else max(1, window)
+        cdef Py_ssize_t seen = cache.n if window is None else max(1, window)
         out = np.empty(q.shape, float32)
         cdef _View o = _View(out, float32, "out")
+        cdef const float* queries = <const float*>a.buffer.buf
+        cdef float* target = <float*>o.buffer.buf
+        cdef int done
+        with nogil:
+            done = self._attend(queries, tokens, heads, &cache, seen, scale, target)
+        if not done:
+            raise MemoryError("no memory for the scores of attention")
+        return out
+
+    cdef int _attend(self, const float* queries, Py_ssize_t tokens, Py_ssize_t heads, const cache_t* cache, Py_ssize_t seen,
+                     float scale, float* target) noexcept nogil:
+        # Returns 0 if there is no memory for scores.
+        cdef Py_ssize_t kv_heads = cache.kv_heads, d = cache.d, n = cache.n
         cdef Py_ssize_t group = heads // kv_heads, item, t, head, half_group, count, first
         cdef int n_threads = self.n_threads
         # Threads share the key/value heads of each token; those that are left over are cut in two, by their query heads.
@@ -634,31 +779,24 @@ cdef class Steps:
         cdef Py_ssize_t scratch_size = STEP_ATTEND_SCRATCH(min(n, seen), d)
         cdef float* scratch = <float*>malloc(n_threads * scratch_size * sizeof(float))
         if scratch == NULL:
-            raise MemoryError("no memory for the scores of attention")
-        cdef const float* queries = <const float*>a.buffer.buf
-        cdef const char* keys = <const char*>b.buffer.buf
-        cdef const char* values = <const char*>c.buffer.buf
-        cdef float* target = <float*>o.buffer.buf
-        cdef Py_ssize_t k_token = b.buffer.strides[0], k_head = b.buffer.strides[1]
-        cdef Py_ssize_t v_token = c.buffer.strides[0], v_head = c.buffer.strides[1]
+            return 0
         cdef Py_ssize_t worker
-        with nogil:
-            for worker in prange(n_threads, num_threads=n_threads, schedule='static', chunksize=1):
-                # Interleaved, because later tokens see more.
-                item = worker
-                while item < total:
-                    half_group = (item - whole) % 2 if item >= whole else 0
-                    count = group // 2 if item >= whole else group
-                    t = whole + (item - whole) // 2 if item >= whole else item
-                    head = t % kv_heads
-                    first = t * group + half_group * count  # of the query heads of all tokens
-                    t = t // kv_heads
-                    self._attend_one(queries + first * d, count, keys + head * k_head, k_token, values + head * v_head,
-                                     v_token, n - tokens + t + 1, seen, d, half, scale, scratch + worker * scratch_size,
-                                     target + first * d)
-                    item = item + n_threads
+        for worker in prange(n_threads, num_threads=n_threads, schedule='static', chunksize=1):
+            # Interleaved, because later tokens see more.
+            item = worker
+            while item < total:
+                half_group = (item - whole) % 2 if item >= whole else 0
+                count = group // 2 if item >= whole else group
+                t = whole + (item - whole) // 2 if item >= whole else item
+                head = t % kv_heads
+                first = t * group + half_group * count  # of the query heads of all tokens
+                t = t // kv_heads
+                self._attend_one(queries + first * d, count, cache.keys + head * cache.k_head, cache.k_token,
+                                 cache.values + head * cache.v_head, cache.v_token, n - tokens + t + 1, seen, d, cache.half,
+                                 scale, scratch + worker * scratch_size, target + first * d)
+                item = item + n_threads
         free(scratch)
-        return out
+        return 1
 
     def head(self, x, raw, str type_name):
         """As reference.head.head_logits for a table of floats: x float32 (T, K) times stored rows, uint8 (V, row bytes)."""

@@ -23,7 +23,16 @@ from bitnet_ref.reference.head import (
     stored_rows,
 )
 from bitnet_ref.reference.mlp import activate
-from bitnet_ref.reference.model import Steps, forward, generate_greedy, linear, random_weights, ternary_weights
+from bitnet_ref.reference.model import (
+    Block,
+    Steps,
+    forward,
+    generate_greedy,
+    linear,
+    random_weights,
+    self_attention,
+    ternary_weights,
+)
 from bitnet_ref.reference.norm import rms_norm
 from bitnet_ref.reference.packing import pack, schemes
 from bitnet_ref.reference.quantize import quantize_activations
@@ -32,7 +41,7 @@ from bitnet_ref.runtime import pages
 from bitnet_ref.runtime.model import HEADS, PREFILL_TOKENS, Model
 from bitnet_ref.runtime.perplexity import perplexity
 from bitnet_ref.runtime.sampling import Sampler, log_softmax
-from bitnet_ref.runtime.steps import TernaryLayer, load_steps, make_table, step_isas
+from bitnet_ref.runtime.steps import TernaryLayer, compiled_steps, load_steps, make_table, step_isas
 
 BITNET = ModelConfig(
     architecture="test",
@@ -348,42 +357,138 @@ def test_steps_refuse_wrong_arguments():
 @pytest.mark.parametrize("n_threads", [1, 3])
 @pytest.mark.parametrize("scheme", schemes())
 def test_fused_steps_equal_the_reference(isa, n_threads, scheme):
-    """One token through a norm and layers of odd shapes, against the same made of the reference's parts."""
+    """One token through a feed-forward network of odd shapes, against the same made of the reference's parts."""
     ops, rng = load_steps(n_threads, isa), np.random.default_rng(3)
-    shapes = ((37, 130), (5, 130), (130, 130), (37, 130), (37, 130), (130, 37))
+    shapes = ((37, 130), (37, 130), (130, 37))
     drawn = [rng.integers(-1, 2, shape, np.int8) for shape in shapes]
     packed = [(pack(w_q, scheme), np.float32(0.01 * i)) for i, w_q in enumerate(drawn, 1)]
     layers = [TernaryLayer(*pair, ops, n_threads) for pair in packed]
     x, weight, inner = normal(1, 130, scale=2), normal(130, seed=1), normal(37, seed=2)
-    for norm in (weight, None):
-        a = x if norm is None else rms_norm(x, norm, 1e-5, 1.0)
-        got = ops.project(x, norm, 1e-5, 1.0, tuple(layer.matrix for layer in layers[:3]))
-        for y, pair in zip(got, packed, strict=False):
-            np.testing.assert_array_equal(y, linear(a, pair))
-        (y,) = ops.project(x, norm, 1e-5, 1.0, (layers[2].matrix,), x)
-        np.testing.assert_array_equal(y, x + linear(a, packed[2]))
     for activation in ("relu2", "silu"):
         for sub in (inner, None):
             a = rms_norm(x, weight, 1e-5)
-            a = activate(linear(a, packed[3]), activation) * linear(a, packed[4])
-            expected = x + linear(a if sub is None else rms_norm(a, sub, 1e-5), packed[5])
-            gate, up, down = (layer.matrix for layer in layers[3:])
+            a = activate(linear(a, packed[0]), activation) * linear(a, packed[1])
+            expected = x + linear(a if sub is None else rms_norm(a, sub, 1e-5), packed[2])
+            gate, up, down = (layer.matrix for layer in layers)
             got = ops.feed_forward(x, weight, sub, 1e-5, 0.0, gate, up, down, activation)
             np.testing.assert_array_equal(got, expected)
     bad = x.copy()
     bad[0, 7] = np.nan
-    for call in (
-        lambda x: ops.project(x, weight, 1e-5, 0.0, (layers[0].matrix,)),
-        lambda x: ops.feed_forward(x, weight, inner, 1e-5, 0.0, gate, up, down, "relu2"),
-    ):
-        with pytest.raises(ValueError, match="x must be finite"):
-            call(bad)
-        with pytest.raises(ValueError, match="x must have shape"):
-            call(normal(1, 129))
-    with pytest.raises(ValueError, match="the same K and packing"):
-        ops.project(x, None, 1e-5, 0.0, (layers[0].matrix, layers[5].matrix))
+    with pytest.raises(ValueError, match="x must be finite"):
+        ops.feed_forward(bad, weight, inner, 1e-5, 0.0, gate, up, down, "relu2")
+    with pytest.raises(ValueError, match="x must have shape"):
+        ops.feed_forward(normal(1, 129), weight, inner, 1e-5, 0.0, gate, up, down, "relu2")
     with pytest.raises(ValueError, match="transposed shape"):
         ops.feed_forward(x, weight, None, 1e-5, 0.0, gate, down, up, "relu2")
+
+
+FUSED = {
+    "bitnet": BITNET,
+    "swiglu": SWIGLU,
+    "qwen2": dataclasses.replace(SWIGLU, qkv_bias=True),
+    "qwen3": dataclasses.replace(SWIGLU, qk_norm=True),
+    "gemma": dataclasses.replace(GEMMA, post_norms=False, attention_scale=0.3),
+}
+
+
+def block_pair(config, ops, scheme="base3", seed=2):
+    """The first block's weights for the reference and for the compiled steps."""
+    weights = ternary_weights(config, random_weights(config, seed))
+    layers = {n: TernaryLayer(pack(w[0], scheme), w[1], ops, 1) for n, w in weights.items() if isinstance(w, tuple)}
+    return weights, weights | layers
+
+
+def never(*args):
+    raise AssertionError("a fused step multiplies by itself")
+
+
+@every_isa
+@pytest.mark.parametrize("n_threads", [1, 2, 3])
+@pytest.mark.parametrize("config", FUSED.values(), ids=FUSED)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_fused_attention_equals_the_reference(isa, n_threads, config, dtype):
+    """Residual stream and cache of one token, behind none, some, and after the last ones were forgotten."""
+    ops = load_steps(n_threads, isa)
+    fused, rng = compiled_steps(ops), np.random.default_rng(5)
+    weights, compiled = block_pair(config, ops, schemes()[n_threads])
+    caches = [KVCache(config, 300, dtype) for _ in range(2)]
+    for length, forgotten in ((0, 0), (6, 0), (130, 3), (40, 0)):
+        if length > caches[0].length:
+            pair = rng.standard_normal((2, length - caches[0].length, config.kv_heads, config.head_dim), np.float32)
+            for cache in caches:
+                cache.store(0, *pair)
+        for cache in caches:
+            cache.length = length - forgotten
+        turns = rotations(caches[0].positions(1), frequencies(config.head_dim, 1e4))
+        x = normal(1, config.hidden, seed=length, scale=2)
+        expected = self_attention(Block(config, weights, 0, linear, Steps(), None), x, turns, caches[0])
+        got = fused.self_attention(Block(config, compiled, 0, never, fused, None), x, turns, caches[1])
+        np.testing.assert_array_equal(got, expected)
+        for mine, other in zip(*(cache.room(0, 1) for cache in caches), strict=True):
+            np.testing.assert_array_equal(mine, other)
+
+
+def test_fused_attention_refuses_what_does_not_fit():
+    config = FUSED["qwen2"]
+    ops = load_steps(2)
+    fused, turns = compiled_steps(ops), rotations(np.arange(1), frequencies(32, 1e4))
+    _, compiled = block_pair(config, ops)
+    x = normal(1, 96)
+
+    def call(weights, x=x, cache=None, turns=turns):
+        return fused.self_attention(
+            Block(config, weights, 0, never, fused, None), x, turns, cache or KVCache(config, 9)
+        )
+
+    with pytest.raises(ValueError, match="x must be finite"):
+        call(compiled, np.full((1, 96), np.nan, np.float32))
+    with pytest.raises(ValueError, match="x must have shape"):
+        call(compiled, normal(1, 95))
+    with pytest.raises(ValueError, match="x must have shape"):
+        call(compiled, turns=rotations(np.arange(1), frequencies(30, 1e4)))
+    with pytest.raises(ValueError, match="the cache holds at most 2 tokens, got 3"):
+        full = KVCache(config, 2)
+        full.length = 2
+        call(compiled, cache=full)
+    other = block_pair(config, ops, "tl2")[1]
+    mixed = compiled | {name: other[name] for name in other if "k_proj.weight" in name}
+    with pytest.raises(ValueError, match="the same K and packing"):
+        call(mixed)
+    swapped = compiled | {"model.layers.0.self_attn.k_proj.weight": compiled["model.layers.0.self_attn.q_proj.weight"]}
+    with pytest.raises(ValueError, match="q, k, v and o must fit keys"):
+        call(swapped)
+    short = compiled | {"model.layers.0.self_attn.q_proj.bias": normal(5)}
+    with pytest.raises(ValueError, match=r"bias must have shape \(192,\), got \(5,\)"):
+        call(short)
+    for bad in (7e4, -np.inf, np.nan):
+        bias = compiled["model.layers.0.self_attn.v_proj.bias"].copy()
+        bias[7] = bad
+        cache = KVCache(config, 9, np.float16)
+        with pytest.raises(ValueError, match="65,504"):
+            call(compiled | {"model.layers.0.self_attn.v_proj.bias": bias}, cache=cache)
+        assert not any(held.any() for held in cache.room(0, 1))
+
+
+def test_every_float16_comes_out_of_the_cache_as_it_went_in():
+    """Stored by the fused step: each finite value, what lies between two, halves to even, subnormals."""
+    config = dataclasses.replace(FUSED["qwen2"], head_dim=2048, heads=1, kv_heads=1, hidden=32)
+    ops = load_steps(1)
+    fused, (_, compiled) = compiled_steps(ops), block_pair(config, ops)
+    finite = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    between = (finite[:-1] + finite[1:]) / 2
+    values = np.concatenate((finite, between, np.nextafter(between, 0), np.nextafter(between, 9e9), [65519.0, 1e-30]))
+    values = np.concatenate((values, -values)).astype(np.float32)
+    values = values[np.abs(values) <= 65504]
+    values.resize(-(-len(values) // 2048) * 2048)
+    zero = {f"model.layers.0.self_attn.v_proj.{part}": part for part in ("weight", "bias")}
+    layer = TernaryLayer(pack(np.zeros((2048, 32), np.int8), "base3"), np.float32(1), ops, 1)
+    turns = rotations(np.zeros(1, int), frequencies(2048, 1e4))
+    for part in values.reshape(-1, 2048):
+        cache = KVCache(config, 1, np.float16)
+        held = dict(zip(zero, (layer, part), strict=True))
+        fused.self_attention(Block(config, compiled | held, 0, never, fused, None), normal(1, 32), turns, cache)
+        expected = (0 + part).astype(np.float16)  # the sum with a bias leaves no minus 0
+        np.testing.assert_array_equal(cache.room(0, 1)[1].view(np.uint16)[0, 0], expected.view(np.uint16))
 
 
 def test_a_cache_grows_with_its_tokens():

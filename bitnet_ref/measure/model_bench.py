@@ -207,15 +207,16 @@ def _shares(model: Model, n_threads: int, cache: Any) -> dict[str, float]:
     for _ in range(8):
         cache.length -= 1  # the last token again
         spent.clear()
-        runner.take_product_ns()
+        runner.take_product_ns(), runner.take_attention_ns()
         start = time.perf_counter_ns()
         runner.forward([0], cache)
         total = time.perf_counter_ns() - start
         python = total - sum(spent.values())
         products = spent["product"] + runner.take_product_ns()
         head = spent["head"] + spent["grouped_head"]
-        rest = total - python - products - head - spent["attention"]
-        shares.append([part / total for part in (python, products, head, spent["attention"], rest)])
+        attention = spent["attention"] + runner.take_attention_ns()
+        rest = total - python - products - head - attention
+        shares.append([part / total for part in (python, products, head, attention, rest)])
     names = ("python_fraction", "product_fraction", "head_fraction", "attention_fraction", "other_fraction")
     return dict(zip(names, np.median(shares, axis=0).tolist(), strict=True))
 

@@ -35,7 +35,7 @@ program's workers still spin on the other processor, that lasts until they sleep
 less than AWAKE times what the fastest ever has taken, for a second at most."""
 
 FIRST_WAKE_NS = 300_000_000
-"""The same before anything is known: two threads on one processor for all of 30 ms would make half speed the measure."""
+"""The same before anything is known: two threads on one processor for all of 30 ms would make half speed the norm."""
 
 AWAKE = 1.3
 

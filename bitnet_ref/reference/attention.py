@@ -78,6 +78,29 @@ class KVCache:
         """Count the `t` tokens that every layer has stored."""
         self.length += t
 
+    def room(self, layer: int, t: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values of one layer with room for T tokens behind the `length` that the cache holds.
+
+        Parameters
+        ----------
+        layer, t : int
+
+        Returns
+        -------
+        k, v : ndarray of shape (length + T, KV, D), of the cache's dtype
+            Views; the last T rows are to be filled.
+
+        Raises
+        ------
+        ValueError
+            If they are more than the capacity.
+        """
+        end = self.length + t
+        if end > self.capacity:
+            raise ValueError(f"the cache holds at most {self.capacity} tokens, got {end}")
+        self._reserve(end)
+        return self._keys[layer, :end], self._values[layer, :end]
+
     def store(self, layer: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Put T tokens behind the `length` that the cache holds; :meth:`advance` then counts them.
 
@@ -91,17 +114,14 @@ class KVCache:
         k, v : ndarray of shape (length + T, KV, D), of the cache's dtype
             Views of all tokens of that layer.
         """
-        end = self.length + len(k)
-        if end > self.capacity:
-            raise ValueError(f"the cache holds at most {self.capacity} tokens, got {end}")
         if self._keys.dtype == np.float16 and not np.maximum(np.abs(k), np.abs(v)).max() <= _FLOAT16_MAX:
             raise ValueError(
                 f"keys and values must be within {_FLOAT16_MAX:,.0f} to be kept as float16, got larger ones"
             )
-        self._reserve(end)
-        self._keys[layer, self.length : end] = k
-        self._values[layer, self.length : end] = v
-        return self._keys[layer, :end], self._values[layer, :end]
+        keys, values = self.room(layer, len(k))
+        keys[self.length :] = k
+        values[self.length :] = v
+        return keys, values
 
 
 def attention(

@@ -153,6 +153,11 @@ class ModelConfig:
         """Query heads that share one key/value head."""
         return self.heads // self.kv_heads
 
+    @property
+    def score_scale(self) -> float:
+        """What products of queries and keys are multiplied by: `attention_scale`, or 1 / sqrt(D)."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
     def window(self, layer: int) -> int | None:
         """Tokens that the layer sees, the current one included; None for all."""
         return self.sliding_window if layer in self.sliding_layers else None

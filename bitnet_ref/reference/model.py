@@ -20,6 +20,7 @@ differently for one token and for many. :class:`Steps` are the parts that a comp
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,14 +41,13 @@ __all__ = [
     "BLOCK_STEPS",
     "Block",
     "Steps",
-    "attention_inputs",
-    "attention_output",
     "feed_forward",
     "forward",
     "generate_greedy",
     "linear",
     "pack_weights",
     "random_weights",
+    "self_attention",
     "ternary_weights",
 ]
 
@@ -110,6 +110,10 @@ class Block:
         """The tensor of this block, such as "mlp.up_proj"."""
         return self.weights[f"model.layers.{self.index}.{tensor}.weight"]
 
+    def bias(self, tensor: str) -> np.ndarray:
+        """The bias of this layer, such as "self_attn.q_proj"."""
+        return self.weights[f"model.layers.{self.index}.{tensor}.bias"]
+
     def note(self, name: str, array: np.ndarray) -> np.ndarray:
         """Tell the trace."""
         if self.trace is not None:
@@ -131,22 +135,39 @@ class Block:
             )
         y = self.linear(a, weight)
         if self.config.qkv_bias and tensor.endswith(("q_proj", "k_proj", "v_proj")):
-            y = y + self.weights[f"model.layers.{self.index}.{tensor}.bias"]
+            y = y + self.bias(tensor)
         return self.note(tensor.partition(".")[2], y)
 
 
-def attention_inputs(block: Block, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Queries (T, H * D), keys and values (T, KV * D) of the residual stream x (T, hidden), before any rotation."""
+def self_attention(block: Block, x: np.ndarray, turns: tuple[np.ndarray, np.ndarray], cache: KVCache) -> np.ndarray:
+    """The residual stream (T, hidden) after attention; `cache` gets the keys and values of its tokens.
+
+    Parameters
+    ----------
+    block : Block
+    x : ndarray of shape (T, hidden), float32
+    turns : cos, sin
+        As :func:`bitnet_ref.reference.rope.rotations` gives them for the positions of the tokens.
+    cache : KVCache
+    """
+    config, steps, i, t = block.config, block.steps, block.index, len(x)
     a = block.norm(x, "input_layernorm", "attn_norm")  # (T, hidden)
-    return tuple(block.project(a, f"self_attn.{name}_proj") for name in "qkv")
-
-
-def attention_output(block: Block, a: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """The residual stream (T, hidden) after attention gave a (T, H * D)."""
-    if block.config.sub_norm:
+    q, k, v = (block.project(a, f"self_attn.{name}_proj") for name in "qkv")
+    q = q.reshape(t, config.heads, config.head_dim)  # (T, H, D)
+    k = k.reshape(t, config.kv_heads, config.head_dim)  # (T, KV, D)
+    v = v.reshape(t, config.kv_heads, config.head_dim)  # (T, KV, D)
+    if config.qk_norm:
+        q = block.norm(q, "self_attn.q_norm", "q_norm")
+        k = block.norm(k, "self_attn.k_norm", "k_norm")
+    q, k = block.note("q_rope", steps.rotate(q, *turns)), block.note("k_rope", steps.rotate(k, *turns))
+    k, v = cache.store(i, k, v)  # (S, KV, D) each
+    trace = None if block.trace is None else block.note
+    a = steps.attention(q, k, v, config.score_scale, config.window(i), trace).reshape(t, -1)  # (T, H * D)
+    a = block.note("attention", a)
+    if config.sub_norm:
         a = block.norm(a, "self_attn.attn_sub_norm", "attn_sub_norm")
     a = block.project(a, "self_attn.o_proj")  # (T, hidden)
-    if block.config.post_norms:
+    if config.post_norms:
         a = block.norm(a, "post_attention_layernorm", "attn_post_norm")
     return block.note("attn_out", x + a)
 
@@ -170,7 +191,7 @@ def feed_forward(block: Block, x: np.ndarray) -> np.ndarray:
 class Steps:
     """What :func:`forward` computes with beside the linear layers; the fields are the reference's own functions.
 
-    A compiled step takes the same arguments and returns the same values. The last three are made of the others and of
+    A compiled step takes the same arguments and returns the same values. The last two are made of the others and of
     the linear layers; one that takes their place must tell the trace what they tell it, or hand over to them.
     """
 
@@ -179,8 +200,7 @@ class Steps:
     attention: Callable[..., np.ndarray] = attention
     activate: Callable[..., np.ndarray] = activate
     head: Callable[..., np.ndarray] = head_logits
-    attention_inputs: Callable[[Block, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]] = attention_inputs
-    attention_output: Callable[[Block, np.ndarray, np.ndarray], np.ndarray] = attention_output
+    self_attention: Callable[[Block, np.ndarray, tuple[np.ndarray, np.ndarray], KVCache], np.ndarray] = self_attention
     feed_forward: Callable[[Block, np.ndarray], np.ndarray] = feed_forward
 
 
@@ -254,7 +274,7 @@ def forward(
     turns = _turns(config, positions)
     for i in range(config.layers):
         block = Block(config, weights, i, linear, steps, trace)
-        x = _block(block, x, turns[config.window(i) is not None], cache)
+        x = steps.feed_forward(block, steps.self_attention(block, x, turns[config.window(i) is not None], cache))
     cache.advance(t)
     x = steps.rms_norm(x, weights["model.norm.weight"], config.norm_eps, config.norm_offset)
     note("final_norm", x)
@@ -262,24 +282,6 @@ def forward(
     logits = steps.head(x if n_logits is None else x[-n_logits:], head)  # (T, V)
     note("logits", logits)
     return logits
-
-
-def _block(block: Block, x: np.ndarray, turns: tuple[np.ndarray, np.ndarray], cache: KVCache) -> np.ndarray:
-    """One block on x of shape (T, hidden)."""
-    config, steps, i, t = block.config, block.steps, block.index, len(x)
-    q, k, v = steps.attention_inputs(block, x)
-    q = q.reshape(t, config.heads, config.head_dim)  # (T, H, D)
-    k = k.reshape(t, config.kv_heads, config.head_dim)  # (T, KV, D)
-    v = v.reshape(t, config.kv_heads, config.head_dim)  # (T, KV, D)
-    if config.qk_norm:
-        q = block.norm(q, "self_attn.q_norm", "q_norm")
-        k = block.norm(k, "self_attn.k_norm", "k_norm")
-    q, k = block.note("q_rope", steps.rotate(q, *turns)), block.note("k_rope", steps.rotate(k, *turns))
-    k, v = cache.store(i, k, v)  # (S, KV, D) each
-    scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
-    trace = None if block.trace is None else block.note
-    a = block.note("attention", steps.attention(q, k, v, scale, config.window(i), trace).reshape(t, -1))  # (T, H * D)
-    return steps.feed_forward(block, steps.attention_output(block, a, x))
 
 
 def generate_greedy(
@@ -377,10 +379,13 @@ def pack_weights(weights: Weights, scheme: str) -> dict[str, Any]:
 
 def _turns(config: ModelConfig, positions: np.ndarray) -> dict[bool, tuple[np.ndarray, np.ndarray]]:
     """Cosines and sines of these positions, for layers without and with a sliding window."""
-    full = rotations(positions, frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
+    full = rotations(positions, _speeds(config.head_dim, config.rope_theta, config.rope_scaling))
     if config.sliding_rope_theta is None:
         return {False: full, True: full}
-    return {False: full, True: rotations(positions, frequencies(config.head_dim, config.sliding_rope_theta))}
+    return {False: full, True: rotations(positions, _speeds(config.head_dim, config.sliding_rope_theta))}
+
+
+_speeds = functools.cache(frequencies)  # a step of decoding would notice
 
 
 def _checked_tokens(config: ModelConfig, tokens: Sequence[int] | np.ndarray) -> np.ndarray:

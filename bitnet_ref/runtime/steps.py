@@ -23,6 +23,7 @@ from bitnet_ref._native.decoder_ops import Steps as CompiledSteps
 from bitnet_ref.errors import KernelUnavailable
 from bitnet_ref.kernels import ISAS
 from bitnet_ref.reference import model as network
+from bitnet_ref.reference.attention import KVCache
 from bitnet_ref.reference.attention import attention as reference_attention
 from bitnet_ref.reference.head import GROUP_ROWS, TABLE_TYPES, FloatTable, GroupedTable, head_logits
 from bitnet_ref.reference.matmul import checked_scale
@@ -107,22 +108,25 @@ def compiled_steps(ops: CompiledSteps, listed: Mapping[int, ListedRows] | None =
         found = tuple(layer.matrix for layer in layers if isinstance(layer, TernaryLayer) and layer.matrix is not None)
         return found if len(found) == len(tensors) else ()
 
-    def attention_inputs(block: Block, x: np.ndarray) -> tuple[np.ndarray, ...]:
+    def self_attention(block: Block, x: np.ndarray, turns: tuple[np.ndarray, np.ndarray], cache: KVCache) -> np.ndarray:
         config = block.config
-        found = (
-            () if config.qkv_bias else matrices(block, x, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        found = () if config.post_norms else matrices(block, x, *(f"self_attn.{name}_proj" for name in "qkvo"))
+        if not found:
+            return network.self_attention(block, x, turns, cache)
+        return ops.self_attention(
+            x,
+            block.weight("input_layernorm"),
+            block.weight("self_attn.attn_sub_norm") if config.sub_norm else None,
+            config.norm_eps,
+            config.norm_offset,
+            found,
+            tuple(block.bias(f"self_attn.{name}_proj") for name in "qkv") if config.qkv_bias else None,
+            tuple(block.weight(f"self_attn.{name}_norm") for name in "qk") if config.qk_norm else None,
+            turns,
+            *cache.room(block.index, 1),
+            config.score_scale,
+            config.window(block.index),
         )
-        if not found:
-            return network.attention_inputs(block, x)
-        return ops.project(x, block.weight("input_layernorm"), config.norm_eps, config.norm_offset, found)
-
-    def attention_output(block: Block, a: np.ndarray, x: np.ndarray) -> np.ndarray:
-        config = block.config
-        found = () if config.post_norms else matrices(block, a, "self_attn.o_proj")
-        if not found:
-            return network.attention_output(block, a, x)
-        weight = block.weight("self_attn.attn_sub_norm") if config.sub_norm else None
-        return ops.project(a, weight, config.norm_eps, config.norm_offset, found, x)[0]
 
     def feed_forward(block: Block, x: np.ndarray) -> np.ndarray:
         config = block.config
@@ -140,8 +144,7 @@ def compiled_steps(ops: CompiledSteps, listed: Mapping[int, ListedRows] | None =
         attention=attention,
         activate=ops.activate,
         head=head,
-        attention_inputs=attention_inputs,
-        attention_output=attention_output,
+        self_attention=self_attention,
         feed_forward=feed_forward,
     )
 

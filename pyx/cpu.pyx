@@ -6,7 +6,11 @@ cdef extern from *:
     #include <cpuid.h>
     /* __builtin_cpu_supports also checks that the operating system saves the wide registers. */
     #define HAS(feature) (__builtin_cpu_init(), __builtin_cpu_supports(feature) != 0)
-    static int has_avx2(void) { return HAS("avx2"); }
+    /* And float16 conversion, leaf 1, ECX, bit 29, which every processor with AVX2 has. */
+    static int has_avx2(void) {
+        unsigned a, b, c, d;
+        return HAS("avx2") && __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+    }
     /* Leaf 7.1, EAX, bit 4; the compilers' names for it are younger than the instructions. */
     static int has_avxvnni(void) {
         unsigned a, b, c, d;

@@ -96,6 +96,7 @@ typedef struct {
 #define NF (64 / WIDTH)
 #define ND (64 / WIDTH)
 typedef float vec_f32 __attribute__((vector_size(WIDTH)));
+typedef int32_t vec_i32 __attribute__((vector_size(WIDTH)));
 typedef float half_f32 __attribute__((vector_size(WIDTH / 2))); /* as many lanes as a vec_f64 */
 typedef double vec_f64 __attribute__((vector_size(WIDTH)));
 
@@ -130,6 +131,28 @@ STEP_INLINE float sum_lanes_f32(const vec_f32 *lanes) {
 #endif
 }
 
+#if defined(__AVX512F__)
+/* to[g][r] = sum_lanes_f32(lanes[r][g]). Halves of two vectors are added side by side, then of two such, so that a shuffle
+ * and an addition serve several sums. */
+STEP_INLINE void sum_lanes_of_sixteen(vec_f32 lanes[4][4][NF], float to[4][4]) {
+    __m512 four[4], two[2];
+    for (int r = 0; r < 4; r++) { /* lanes of 128 bits: four sums of each head */
+        __m512 eight[2];
+        for (int i = 0; i < 2; i++) {
+            const __m512 a = (__m512)lanes[r][2 * i][0], b = (__m512)lanes[r][2 * i + 1][0];
+            eight[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+        }
+        four[r] = _mm512_add_ps(_mm512_shuffle_f32x4(eight[0], eight[1], 0x88),
+                                _mm512_shuffle_f32x4(eight[0], eight[1], 0xdd));
+    }
+    for (int i = 0; i < 2; i++) /* two sums of row 2 i, two of row 2 i + 1 */
+        two[i] = _mm512_add_ps(_mm512_shuffle_ps(four[2 * i], four[2 * i + 1], 0x44),
+                               _mm512_shuffle_ps(four[2 * i], four[2 * i + 1], 0xee));
+    _mm512_storeu_ps(to[0], _mm512_add_ps(_mm512_shuffle_ps(two[0], two[1], 0x88),
+                                          _mm512_shuffle_ps(two[0], two[1], 0xdd)));
+}
+#endif
+
 /* Vector number i of eight floats, widened. */
 STEP_INLINE vec_f64 widened(const float *x, int i) {
     half_f32 a;
@@ -137,40 +160,21 @@ STEP_INLINE vec_f64 widened(const float *x, int i) {
     return __builtin_convertvector(a, vec_f64);
 }
 
-/* float16 bits to float32, exactly: the exponent is moved up by 112 with a product, which also takes in subnormals.
- * Infinities and NaN do not occur in a table; a cache refuses them. */
-STEP_INLINE float half_to_float(uint16_t h) {
-    uint32_t bits = (uint32_t)(h & 0x7fff) << 13, sign = (uint32_t)(h & 0x8000) << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    value *= 0x1p112f;
-    memcpy(&bits, &value, 4);
-    bits |= sign;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-#if defined(__AVX2__) && !defined(__AVX512F__)
-/* half_to_float, eight at a time */
-STEP_INLINE __m256 eight_halves(const uint8_t *p) {
-    const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
-    const __m256i low = _mm256_slli_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x7fff)), 13);
-    const __m256i minus = _mm256_slli_epi32(_mm256_srli_epi32(bits, 15), 31);
-    return _mm256_or_ps(_mm256_mul_ps(_mm256_castsi256_ps(low), _mm256_set1_ps(0x1p112f)), _mm256_castsi256_ps(minus));
-}
-#endif
-
-/* Sixteen at a time. */
-STEP_INLINE void halves_to_floats(const char *halves, float *to) {
+/* A vector of float16 as float32, exactly, whether or not the processor takes subnormals for zero: its own instruction
+ * never does, and the other way has none for an operand. Infinities and NaN do not occur in a table; a cache refuses them. */
+STEP_INLINE vec_f32 halves_widened(const void *p) {
 #if defined(__AVX512F__)
-    _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)halves)));
+    return (vec_f32)_mm512_cvtph_ps(_mm256_loadu_si256(p));
 #elif defined(__AVX2__)
-    _mm256_storeu_ps(to, eight_halves((const uint8_t *)halves));
-    _mm256_storeu_ps(to + 8, eight_halves((const uint8_t *)halves + 16));
+    return (vec_f32)_mm256_cvtph_ps(_mm_loadu_si128(p));
 #else
-    uint16_t bits[16];
-    memcpy(bits, halves, 32);
-    for (int i = 0; i < 16; i++) to[i] = half_to_float(bits[i]);
+    uint16_t halves __attribute__((vector_size(WIDTH / 2)));
+    memcpy(&halves, p, WIDTH / 2);
+    const vec_i32 bits = __builtin_convertvector(halves, vec_i32), magnitude = (bits & 0x7fff) << 13;
+    /* The exponent moves up by 112. Subnormals are (1 + fraction) 2^-14 - 2^-14. */
+    const vec_i32 normal = magnitude > 0x7fffff, moved = magnitude + (113 << 23) - (normal & 1 << 23);
+    const vec_f32 value = (vec_f32)moved - (vec_f32)(~normal & 113 << 23);
+    return (vec_f32)((vec_i32)value | (bits & 0x8000) << 16);
 #endif
 }
 
@@ -314,91 +318,116 @@ static void step_gate(const int32_t *gate, const int32_t *up, float *y, ptrdiff_
 
 /* ---- attention of one token's query heads that share a key/value head ---------------------------------------------- */
 
-/* `count` rows of a cache as floats, zeros up to a multiple of 16 columns: where they lie if that is so, else in `copy`. */
-STEP_INLINE const float *cache_rows(const char *rows, ptrdiff_t stride, ptrdiff_t count, ptrdiff_t d, int half, float *copy,
-                                    ptrdiff_t *row_floats) {
+/* `count` rows of a cache with zeros up to a multiple of 16 columns: where they lie if that is so, else in `copy`. */
+STEP_INLINE const char *cache_rows(const char *rows, ptrdiff_t stride, ptrdiff_t count, ptrdiff_t d, ptrdiff_t size,
+                                   char *copy, ptrdiff_t *row_bytes) {
     const ptrdiff_t padded = (d + 15) / 16 * 16;
-    if (!half && d == padded && stride % 4 == 0) {
-        *row_floats = stride / 4;
-        return (const float *)rows;
-    }
-    *row_floats = padded;
+    *row_bytes = stride;
+    if (d == padded) return rows;
+    *row_bytes = padded * size;
     for (ptrdiff_t s = 0; s < count; s++) {
-        float *to = copy + s * padded;
-        const char *row = rows + s * stride;
-        if (half) {
-            ptrdiff_t i = 0;
-            for (; i + 16 <= d; i += 16) halves_to_floats(row + 2 * i, to + i);
-            if (i < d) {
-                char last[32] = {0};
-                memcpy(last, row + 2 * i, 2 * (size_t)(d - i));
-                halves_to_floats(last, to + i);
-            }
-        } else {
-            memcpy(to, row, 4 * (size_t)d);
-            memset(to + d, 0, 4 * (size_t)(padded - d));
-        }
+        memcpy(copy + s * padded * size, rows + s * stride, (size_t)(d * size));
+        memset(copy + (s * padded + d) * size, 0, (size_t)((padded - d) * size));
     }
     return copy;
 }
 
-/* Sums of a few heads, for 16 * `vectors` columns, in registers: row after row, so that a row is one run of bytes. Column after
- * column, with a run of 64 bytes in each of the rows, took three times as long. */
-#if defined(__AVX512F__)
-#define VALUE_HEADS 2
-#define VALUE_VECTORS 8
-#else
-#define VALUE_HEADS 1
-#define VALUE_VECTORS 4
-#endif
-STEP_INLINE void add_values(int heads, int vectors, const float *values, ptrdiff_t row_floats, ptrdiff_t count,
-                            const float *scores, ptrdiff_t stride, float *sums, ptrdiff_t padded, int ahead) {
-    vec_f32 sum[VALUE_HEADS][VALUE_VECTORS][NF];
-    for (int g = 0; g < heads; g++)
-        for (int i = 0; i < vectors; i++) memcpy(sum[g][i], sums + g * padded + 16 * i, 64);
-    for (ptrdiff_t s = 0; s < count; s++, values += row_floats)
-        for (int i = 0; i < vectors; i++) {
-            if (ahead) __builtin_prefetch(values + 8 * row_floats + 16 * i);
-            for (int w = 0; w < NF; w++) {
-                vec_f32 value;
-                memcpy(&value, values + 16 * i + w * (WIDTH / 4), WIDTH);
-                for (int g = 0; g < heads; g++) sum[g][i][w] += scores[g * stride + s] * value;
-            }
-        }
-    for (int g = 0; g < heads; g++)
-        for (int i = 0; i < vectors; i++) memcpy(sums + g * padded + 16 * i, sum[g][i], 64);
+/* Columns i and following of a row of a cache, as many as a vector has. */
+STEP_INLINE vec_f32 cache_load(const char *row, ptrdiff_t i, int half) {
+    vec_f32 values;
+    if (half) return halves_widened(row + 2 * i);
+    memcpy(&values, row + 4 * i, WIDTH);
+    return values;
 }
 
-/* G query heads at a time, so that a key or value is loaded once for all of them; `q`, `sums` and `scores` are G rows of
- * `padded`, `padded` and `stride` floats. Keys and values come some rows at a time, which then stay in the cache. */
+/* Rows of float16 that are asked for before they are needed; measured, as are four rows of float32 keys with AVX-512 and none
+ * without it, where the hardware foresees them. */
+#define HALVES_AHEAD (WIDTH == 64 ? 8 : 32)
+
+/* Scores of R keys for each of G queries, at most four: scores[g * stride + r]. Queries come sixteen columns of each of four
+ * heads at a time, so that one pointer leads to all. */
+STEP_INLINE void key_scores(int G, int R, int half, const float *q, ptrdiff_t padded, const char *keys,
+                            ptrdiff_t row_bytes, float scale, float *scores, ptrdiff_t stride, float *largest) {
+    vec_f32 sum[4][4][NF];
+    float score[4][4];
+    memset(sum, 0, sizeof(sum));
+    for (ptrdiff_t i = 0; i < padded; i += 16) {
+        if (half ? i % 32 == 0 : WIDTH == 64)
+            for (int r = 0; r < R; r++)
+                __builtin_prefetch(keys + ((half ? HALVES_AHEAD : 4) + r) * row_bytes + (half ? 2 : 4) * i);
+        for (int w = 0; w < NF; w++) {
+            vec_f32 key[4], a;
+            for (int r = 0; r < R; r++) key[r] = cache_load(keys + r * row_bytes, i + w * (WIDTH / 4), half);
+            for (int g = 0; g < G; g++) {
+                memcpy(&a, q + 4 * i + 16 * g + w * (WIDTH / 4), WIDTH);
+                for (int r = 0; r < R; r++) sum[r][g][w] += a * key[r];
+            }
+        }
+    }
+#if defined(__AVX512F__)
+    const int together = G == 4 && R == 4;
+    if (together) sum_lanes_of_sixteen(sum, score);
+#else
+    const int together = 0;
+#endif
+    for (int g = 0; g < G; g++)
+        for (int r = 0; r < R; r++) {
+            const float scaled = (together ? score[g][r] : sum_lanes_f32(sum[r][g])) * scale;
+            scores[g * stride + r] = scaled;
+            if (!(scaled <= largest[g])) largest[g] = scaled;
+        }
+}
+
+/* Sums of G heads for `vectors` vectors of columns, in registers: row after row, with all lines of these columns. Column after
+ * column, with a run of 64 bytes in each of the rows, took three times as long. */
+STEP_INLINE void add_values(int G, int vectors, int half, const char *values, ptrdiff_t row_bytes, ptrdiff_t count,
+                            const float *scores, ptrdiff_t stride, float *sums, ptrdiff_t padded, int ahead) {
+    vec_f32 sum[4][8 * NF];
+    for (int g = 0; g < G; g++)
+        for (int i = 0; i < vectors; i++) memcpy(&sum[g][i], sums + g * padded + i * (WIDTH / 4), WIDTH);
+    for (ptrdiff_t s = 0; s < count; s++, values += row_bytes) {
+        if (ahead && half)
+            for (int b = 0; b < vectors * WIDTH / 2; b += 64) __builtin_prefetch(values + HALVES_AHEAD * row_bytes + b);
+        for (int i = 0; i < vectors; i++) {
+            if (ahead && !half && i * WIDTH % 64 == 0) __builtin_prefetch(values + 8 * row_bytes + i * WIDTH);
+            const vec_f32 value = cache_load(values, i * (WIDTH / 4), half);
+            for (int g = 0; g < G; g++) sum[g][i] += scores[g * stride + s] * value;
+        }
+    }
+    for (int g = 0; g < G; g++)
+        for (int i = 0; i < vectors; i++) memcpy(sums + g * padded + i * (WIDTH / 4), &sum[g][i], WIDTH);
+}
+
+/* Heads whose sums are in registers together, and vectors of columns: all heads for float16, so that a value is widened once,
+ * and as much as possible of a row for float32, of which memory gives fewer a second. */
+#if defined(__AVX512F__)
+#define VALUE_HEADS(G, half) ((half) || (G) < 2 ? (G) : 2)
+#define VALUE_VECTORS(heads) ((heads) == 4 ? 4 : 8)
+#else
+#define VALUE_HEADS(G, half) ((half) ? (G) : 1)
+#define VALUE_VECTORS(heads) (8 / (heads))
+#endif
+
+/* G query heads at a time, so that a key or value is loaded, and widened, once for all of them; `sums` and `scores` are G
+ * rows of `padded` and `stride` floats. Keys and values come some rows at a time, which then stay in the cache. */
 STEP_INLINE void attend_heads(int G, int half, const float *q, const char *k, ptrdiff_t k_stride, const char *v,
                               ptrdiff_t v_stride, ptrdiff_t n, ptrdiff_t d, float scale, float *scores, ptrdiff_t stride,
-                              float *sums, float *copy, float *out) {
-    const ptrdiff_t padded = (d + 15) / 16 * 16;
+                              float *sums, char *copy, float *out) {
+    const ptrdiff_t padded = (d + 15) / 16 * 16, size = half ? 2 : 4;
     float largest[4], total[4];
-    ptrdiff_t row_floats;
+    ptrdiff_t row_bytes;
     for (int g = 0; g < G; g++) largest[g] = -INFINITY;
     for (ptrdiff_t first = 0; first < n; first += ATTEND_ROWS) {
         const ptrdiff_t count = n - first < ATTEND_ROWS ? n - first : ATTEND_ROWS;
-        const float *keys = cache_rows(k + first * k_stride, k_stride, count, d, half, copy, &row_floats);
-        for (ptrdiff_t s = 0; s < count; s++, keys += row_floats) {
-            vec_f32 sum[4][NF];
-            memset(sum, 0, sizeof(sum));
-            for (ptrdiff_t i = 0; i < padded; i += 16)
-                for (int w = 0; w < NF; w++) {
-                    vec_f32 key, a;
-                    memcpy(&key, keys + i + w * (WIDTH / 4), WIDTH);
-                    for (int g = 0; g < G; g++) {
-                        memcpy(&a, q + g * padded + i + w * (WIDTH / 4), WIDTH);
-                        sum[g][w] += a * key;
-                    }
-                }
-            for (int g = 0; g < G; g++) {
-                const float score = sum_lanes_f32(sum[g]) * scale;
-                scores[g * stride + first + s] = score;
-                if (!(score <= largest[g])) largest[g] = score;
-            }
-        }
+        const char *keys = cache_rows(k + first * k_stride, k_stride, count, d, size, copy, &row_bytes);
+        ptrdiff_t s = 0;
+#define CALL(R) key_scores(G, R, half, q, padded, keys + s * row_bytes, row_bytes, scale, scores + first + s, stride, largest)
+#if defined(__AVX512F__) /* registers for the sums of four keys, which share the loads of the queries */
+        if (half)
+            for (; s + 4 <= count; s += 4) CALL(4);
+#endif
+        for (; s < count; s++) CALL(1);
+#undef CALL
     }
     for (int g = 0; g < G; g++) {
         vec_f64 sum[ND];
@@ -413,17 +442,19 @@ STEP_INLINE void attend_heads(int G, int half, const float *q, const char *k, pt
     memset(sums, 0, 4 * (size_t)(G * padded));
     for (ptrdiff_t first = 0; first < n; first += ATTEND_ROWS) {
         const ptrdiff_t count = n - first < ATTEND_ROWS ? n - first : ATTEND_ROWS;
-        const float *values = cache_rows(v + first * v_stride, v_stride, count, d, half, copy, &row_floats);
-        for (int g = 0; g < G; g += VALUE_HEADS)
+        const char *values = cache_rows(v + first * v_stride, v_stride, count, d, size, copy, &row_bytes);
+        const int heads = VALUE_HEADS(G, half);
+        const ptrdiff_t whole = VALUE_VECTORS(heads) * (WIDTH / 4);
+        for (int g = 0; g < G; g += heads)
             for (ptrdiff_t i = 0, width; i < padded; i += width) {
-                const float *p = scores + g * stride + first, *at = values + i;
-                float *sum = sums + g * padded + i;
-                const int heads = G < VALUE_HEADS ? G : VALUE_HEADS;
-                width = padded - i >= 16 * VALUE_VECTORS ? 16 * VALUE_VECTORS : padded - i >= 64 ? 64 : 16;
-#define CALL(VECTORS) add_values(heads, VECTORS, at, row_floats, count, p, stride, sum, padded, g == 0 && !half)
-                if (width == 16 * VALUE_VECTORS) CALL(VALUE_VECTORS);
-                else if (width == 64) CALL(4);
-                else CALL(1);
+                const ptrdiff_t left = padded - i;
+                width = left >= whole ? whole : whole > 64 && left >= 64 ? 64 : 16;
+#define CALL(VECTORS)                                                                                                 \
+    add_values(heads, VECTORS, half, values + size * i, row_bytes, count, scores + g * stride + first, stride,        \
+               sums + g * padded + i, padded, g == 0 && size * i % 64 == 0)
+                if (width == whole) CALL(VALUE_VECTORS(heads));
+                else if (width == 64) CALL(4 * NF);
+                else CALL(NF);
 #undef CALL
             }
     }
@@ -434,11 +465,13 @@ STEP_INLINE void attend_heads(int G, int half, const float *q, const char *k, pt
 static void step_attend(const float *q, ptrdiff_t heads, const char *k, ptrdiff_t k_stride, const char *v,
                         ptrdiff_t v_stride, ptrdiff_t n, ptrdiff_t d, int half, float scale, float *scratch, float *out) {
     const ptrdiff_t padded = (d + 15) / 16 * 16, stride = (n + 15) / 16 * 16;
-    float *queries = scratch + 4 * stride, *sums = queries + 4 * padded, *copy = sums + 4 * padded;
+    float *queries = scratch + 4 * stride, *sums = queries + 4 * padded;
+    char *copy = (char *)(sums + 4 * padded);
     while (heads > 0) {
         const ptrdiff_t count = heads >= 4 ? 4 : heads >= 2 ? 2 : 1;
         for (ptrdiff_t g = 0; g < count; g++)
-            for (ptrdiff_t i = 0; i < padded; i++) queries[g * padded + i] = i < d ? q[g * d + i] : 0.0f;
+            for (ptrdiff_t i = 0; i < padded; i++)
+                queries[i / 16 * 64 + 16 * g + i % 16] = i < d ? q[g * d + i] : 0.0f;
 #define CALL(G, HALF)                                                                                                 \
     attend_heads(G, HALF, queries, k, k_stride, v, v_stride, n, d, scale, scratch, stride, sums, copy, out)
         if (half) {
@@ -473,8 +506,12 @@ STEP_INLINE void table_decode(const uint8_t *row, float *w, ptrdiff_t n, int typ
     }
     uint16_t bits[TABLE_CHUNK];
     memcpy(bits, row, 2 * (size_t)n);
+    for (ptrdiff_t i = n; i % 16; i++) bits[i] = 0;
     if (type == TABLE_F16)
-        for (ptrdiff_t i = 0; i < n; i++) w[i] = half_to_float(bits[i]);
+        for (ptrdiff_t i = 0; i < n; i += WIDTH / 4) {
+            const vec_f32 values = halves_widened(bits + i);
+            memcpy(w + i, &values, WIDTH);
+        }
     else
         for (ptrdiff_t i = 0; i < n; i++) {
             uint32_t wide = (uint32_t)bits[i] << 16;
@@ -605,9 +642,7 @@ STEP_INLINE row_sums scales_load(const uint8_t *p) {
 STEP_INLINE row_sums sums_add_product(row_sums a, row_sums b, row_sums c) {
     return _mm512_add_epi32(a, _mm512_mullo_epi32(b, c));
 }
-STEP_INLINE row_values halves_load(const uint8_t *p) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
-}
+STEP_INLINE row_values halves_load(const uint8_t *p) { return (row_values)halves_widened(p); }
 /* a + sums * (d * scale) */
 STEP_INLINE row_values floats_add(row_values a, row_sums sums, row_values d, float scale) {
     return _mm512_add_ps(a, _mm512_mul_ps(_mm512_cvtepi32_ps(sums), _mm512_mul_ps(d, _mm512_set1_ps(scale))));
@@ -652,7 +687,7 @@ STEP_INLINE row_sums scales_load(const uint8_t *p) {
 STEP_INLINE row_sums sums_add_product(row_sums a, row_sums b, row_sums c) {
     return (row_sums)BOTH(_mm256_add_epi32(a.v[h], _mm256_mullo_epi32(b.v[h], c.v[h])));
 }
-STEP_INLINE row_values halves_load(const uint8_t *p) { return (row_values)BOTH(eight_halves(p + 16 * h)); }
+STEP_INLINE row_values halves_load(const uint8_t *p) { return (row_values)BOTH((__m256)halves_widened(p + 16 * h)); }
 STEP_INLINE row_values floats_add(row_values a, row_sums sums, row_values d, float scale) {
     return (row_values)BOTH(_mm256_add_ps(
         a.v[h], _mm256_mul_ps(_mm256_cvtepi32_ps(sums.v[h]), _mm256_mul_ps(d.v[h], _mm256_set1_ps(scale)))));
@@ -716,10 +751,9 @@ STEP_INLINE row_sums sums_add_product(row_sums a, row_sums b, row_sums c) {
 }
 STEP_INLINE row_values halves_load(const uint8_t *p) {
     row_values a;
-    for (int r = 0; r < 16; r++) {
-        uint16_t half;
-        memcpy(&half, p + 2 * r, 2);
-        a.v[r] = half_to_float(half);
+    for (int w = 0; w < NF; w++) {
+        const vec_f32 values = halves_widened(p + w * (WIDTH / 2));
+        memcpy(a.v + w * (WIDTH / 4), &values, WIDTH);
     }
     return a;
 }

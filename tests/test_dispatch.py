@@ -377,8 +377,8 @@ AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
 FLAGS = {
     "x86_64": {
         "scalar": set(),
-        "avx2": {"avx2"},
-        "avxvnni": {"avx2", "avx_vnni"},
+        "avx2": {"avx2", "f16c"},
+        "avxvnni": {"avx2", "f16c", "avx_vnni"},
         "avx512vnni": AVX512,
         "avx512vbmi": AVX512 | {"avx512vbmi"},
     },
@@ -408,7 +408,7 @@ def test_detection_agrees_with_numpy():
     avx512 = all(features[name] for name in ("AVX512F", "AVX512BW", "AVX512VL", "AVX512DQ", "AVX512VNNI"))
     expected = {
         "scalar": True,
-        "avx2": features["AVX2"],
+        "avx2": features["AVX2"] and features["F16C"],
         "avx512vnni": avx512,
         "avx512vbmi": avx512 and features["AVX512VBMI"],
     }

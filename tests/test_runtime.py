@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import math
+import platform
 
 import numpy as np
 import pytest
@@ -188,13 +191,45 @@ def test_attention_equals_the_reference(isa, n_threads, t, heads, kv, d, s, wind
     np.testing.assert_array_equal(got, attention(q, k, v, d**-0.5, window))
 
 
+HALVES = np.array([0, -0.0, 6e-8, -6e-8, 6.1e-5, 6e-5, 65504, -65504], np.float16)
+
+
 @every_isa
 def test_attention_of_subnormal_float16(isa):
-    values = np.array([0, -0.0, 6e-8, -6e-8, 6.1e-5, 6e-5, 65504, -65504], np.float16)
-    k = v = np.tile(values, (1, 1, 2))
+    k = v = np.tile(HALVES, (1, 1, 2))
     np.testing.assert_array_equal(
         load_steps(1, isa).attention(np.ones((1, 1, 16), np.float32), k, v, 1.0)[0, 0], v[0, 0].astype(np.float32)
     )
+
+
+@contextlib.contextmanager
+def subnormals_taken_for_zero():
+    """Both ways, for this thread, as libraries made with -ffast-math leave it: bits 6 and 15 of MXCSR."""
+    libm, before = ctypes.CDLL("libm.so.6"), (ctypes.c_uint32 * 8)()
+    assert libm.fegetenv(before) == 0
+    changed = type(before)(*before)
+    changed[7] |= 1 << 6 | 1 << 15  # the last word of glibc's fenv_t
+    assert libm.fesetenv(changed) == 0
+    try:
+        yield
+    finally:
+        assert libm.fesetenv(before) == 0
+
+
+@every_isa
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or platform.libc_ver()[0] != "glibc", reason="sets MXCSR through glibc on x86-64"
+)
+def test_float16_does_not_depend_on_how_the_processor_treats_subnormals(isa):
+    ops, (heads, d) = load_steps(1, isa), (4, 48)
+    halves = np.resize(HALVES[:6], (33, 1, d))
+    q, table = np.ones((1, heads, d), np.float32), FloatTable(halves[:, 0].copy().view(np.uint8), "F16", d)
+    expected = attention(q, halves, halves, 1.0), head_logits(q[0], table)
+    with subnormals_taken_for_zero():
+        assert np.float32(1e-40) * np.float32(0.5) == 0
+        got = ops.attention(q, halves, halves, 1.0), ops.head(q[0], table.raw, "F16")
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def head_of(ops, x, table):
@@ -551,6 +586,17 @@ def test_a_prompt_in_pieces_gives_the_same_bits(config, cache):
         np.testing.assert_array_equal(np.concatenate(pieces), whole)
     for n in (1, 20, 21, 150):
         np.testing.assert_array_equal(model.prefill(tokens, model.new_cache(len(tokens)), n), whole[-n:])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_cache_begins_a_line(dtype):
+    cache = KVCache(SWIGLU, 300, dtype)
+    k, v = normal(2, 150, SWIGLU.kv_heads, SWIGLU.head_dim)
+    for start in (0, 100):  # the second call makes it larger
+        views = cache.store(0, k[start : start + 100], v[start : start + 100])
+        assert [view.ctypes.data % 64 for view in views] == [0, 0]
+        cache.advance(len(k[start : start + 100]))
+    np.testing.assert_array_equal(views, (k.astype(dtype), v.astype(dtype)))
 
 
 def test_float16_cache_is_the_reference_with_a_float16_cache():

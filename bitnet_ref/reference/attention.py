@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -13,6 +14,7 @@ __all__ = ["KVCache", "attention"]
 
 _FLOAT16_MAX = 65504.0
 _LANES = 16
+_LINE = 64  # bytes
 _FIRST_TOKENS = 128  # that a new cache has memory for
 
 Trace = Callable[[str, np.ndarray], None]
@@ -51,7 +53,7 @@ class KVCache:
             raise TypeError(f"a cache must be float32 or float16, got {np.dtype(dtype)}")
         # In memory the tokens of one head follow each other, which is the order that attention reads.
         shape = (config.layers, config.kv_heads, min(capacity, _FIRST_TOKENS), config.head_dim)
-        self._keys, self._values = (np.zeros(shape, dtype).swapaxes(1, 2) for _ in range(2))  # (L, S, KV, D)
+        self._keys, self._values = (_zeros(shape, dtype).swapaxes(1, 2) for _ in range(2))  # (L, S, KV, D)
         self.capacity = capacity
         self.length = 0
 
@@ -64,7 +66,7 @@ class KVCache:
         layers, _, kv, d = self._keys.shape
         for name in ("_keys", "_values"):
             old = getattr(self, name)
-            new = np.zeros((layers, kv, n, d), old.dtype).swapaxes(1, 2)
+            new = _zeros((layers, kv, n, d), old.dtype).swapaxes(1, 2)
             new[:, :held] = old
             setattr(self, name, new)
 
@@ -122,6 +124,14 @@ class KVCache:
         keys[self.length :] = k
         values[self.length :] = v
         return keys, values
+
+
+def _zeros(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """np.zeros from the beginning of a cache line on: of rows that begin inside one, every vector would lie in two."""
+    n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.zeros(n_bytes + _LINE, np.uint8)
+    start = -raw.ctypes.data % _LINE
+    return raw[start : start + n_bytes].view(dtype).reshape(shape)
 
 
 def attention(

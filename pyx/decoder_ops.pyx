@@ -419,8 +419,8 @@ cdef class Steps:
         cdef Py_ssize_t j, i, size = 0, k = (<Matrix?>matrices[0]).about.k
         cdef _View a = _contiguous(x, float32, "x", 2), w = _contiguous(weight, float32, "weight", 1)
         cdef _View cosine = _contiguous(turns[0], float32, "cos", 3), sine = _contiguous(turns[1], float32, "sin", 3)
-        cdef _View b = _View(keys, keys.dtype, "keys", 3, PyBUF_STRIDES)
-        cdef _View c = _View(values, keys.dtype, "values", 3, PyBUF_STRIDES)
+        cdef _View b = _View(keys, keys.dtype, "keys", 3, PyBUF_STRIDES | PyBUF_WRITABLE)
+        cdef _View c = _View(values, keys.dtype, "values", 3, PyBUF_STRIDES | PyBUF_WRITABLE)
         self._cache_of(keys, b, c, &cache)
         for j in range(4):
             about[j] = (<Matrix?>matrices[j]).about

@@ -41,7 +41,7 @@ from bitnet_ref.reference.packing import pack, schemes
 from bitnet_ref.reference.quantize import quantize_activations
 from bitnet_ref.reference.rope import frequencies, rotate, rotations
 from bitnet_ref.runtime import pages
-from bitnet_ref.runtime.model import HEADS, PREFILL_TOKENS, Model
+from bitnet_ref.runtime.model import HEADS, PREFILL_TOKENS, BatchCache, Model
 from bitnet_ref.runtime.perplexity import perplexity
 from bitnet_ref.runtime.sampling import Sampler, log_softmax
 from bitnet_ref.runtime.steps import TernaryLayer, compiled_steps, load_steps, make_table, step_isas
@@ -463,6 +463,16 @@ def test_fused_attention_equals_the_reference(isa, n_threads, config, dtype):
             np.testing.assert_array_equal(mine, other)
 
 
+def test_a_batch_of_one_is_that_sequence():
+    model = model_of(SWIGLU, head="q8_0")
+    caches = [model.new_cache(9) for _ in range(2)]
+    for cache in caches:
+        model.prefill([5, 1, 7], cache)
+    expected = model.forward([9], caches[0])
+    np.testing.assert_array_equal(model.forward([9], BatchCache(caches[1:])), expected)
+    assert caches[1].length == 4
+
+
 def test_fused_attention_refuses_what_does_not_fit():
     config = FUSED["qwen2"]
     ops = load_steps(2)
@@ -826,6 +836,19 @@ def test_sampling_filters_by_hand():
     assert sampler.penalised(values, [0, 2, 0]).tolist() == [1.5, 2.0, -2.0]
     assert sampler.choose(values, [0], np.random.default_rng(0)) == 1
     assert values.tolist() == [3, 2, -1]
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.9, 1 - 1e-12])
+@pytest.mark.parametrize("spread", [0.0, 0.5, 3.0])
+def test_top_p_of_a_large_vocabulary_is_that_of_all_its_tokens_sorted(top_p, spread):
+    """Flat and steep, with ties: only the likeliest are sorted where they suffice."""
+    logits = np.round(normal(5000, scale=spread), 1)
+    p = np.exp(logits.astype(np.float64) - logits.max())
+    p /= p.sum()
+    order = np.argsort(-p, kind="stable")
+    p[order[np.cumsum(p[order]) - p[order] >= top_p]] = 0
+    got = Sampler(temperature=1.0, top_p=top_p).probabilities(logits)
+    np.testing.assert_array_equal(got, p / p.sum())
 
 
 def test_sampling_draws_by_the_probabilities():

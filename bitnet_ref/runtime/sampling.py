@@ -84,9 +84,7 @@ class Sampler:
         p = np.exp(scaled)
         p /= p.sum()
         if self.top_p < 1:
-            order = np.argsort(-p, kind="stable")
-            before = np.cumsum(p[order]) - p[order]  # of the tokens ahead
-            p[order[before >= self.top_p]] = 0
+            p[_beyond(p, self.top_p)] = 0
         if self.min_p > 0:
             p[p < self.min_p * p.max()] = 0
         return p / p.sum()
@@ -105,6 +103,27 @@ class Sampler:
             return int(np.argmax(self.penalised(logits, seen)))
         total = np.cumsum(self.probabilities(logits, seen))
         return int(min(np.searchsorted(total, rng.random() * total[-1], side="right"), len(total) - 1))
+
+
+_LIKELY = 1024
+_ROUNDING = 1e-9  # far above what sums of probabilities are off by
+
+
+def _beyond(p: np.ndarray, top_p: float) -> np.ndarray:
+    """Mask of the tokens that have `top_p` or more ahead of them, the more probable first, then the first.
+
+    Sorting a vocabulary of 128,256 takes 10 ms, half of a step; mostly its likeliest tokens decide.
+    """
+    likely = np.arange(len(p))
+    if len(p) > _LIKELY:
+        likely = np.flatnonzero(p >= np.partition(p, -_LIKELY)[-_LIKELY])
+        if p[likely].sum() < top_p + _ROUNDING:
+            likely = np.arange(len(p))
+    order = likely[np.argsort(-p[likely], kind="stable")]
+    before = np.cumsum(p[order]) - p[order]
+    out = np.ones(len(p), bool)
+    out[order] = before >= top_p
+    return out
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -110,7 +110,8 @@ def compiled_steps(ops: CompiledSteps, listed: Mapping[int, ListedRows] | None =
 
     def self_attention(block: Block, x: np.ndarray, turns: tuple[np.ndarray, np.ndarray], cache: KVCache) -> np.ndarray:
         config = block.config
-        found = () if config.post_norms else matrices(block, x, *(f"self_attn.{name}_proj" for name in "qkvo"))
+        alone = isinstance(cache, KVCache) and not config.post_norms  # a batch of one has a cache of another kind
+        found = matrices(block, x, *(f"self_attn.{name}_proj" for name in "qkvo")) if alone else ()
         if not found:
             return network.self_attention(block, x, turns, cache)
         return ops.self_attention(

@@ -15,6 +15,7 @@ Papers, by the keys that docstrings use:
 [B158-FAQ]     The Era of 1-bit LLMs: Training Tips, Code and FAQ. microsoft/unilm, 2024
 [2B4T]         BitNet b1.58 2B4T Technical Report. arXiv 2504.12285v2
 [BitDistill]   BitNet Distillation. arXiv 2510.13998v1
+[TernaryBERT]  Distillation-aware Ultra-low Bit BERT. arXiv 2009.12812
 [bitnet.cpp]   Bitnet.cpp: Efficient Edge Inference for Ternary LLMs. arXiv 2502.11880v1; first report 2410.16144v2
 [T-MAC]        T-MAC: CPU Renaissance via Table Lookup for Low-Bit LLM Deployment on Edge. arXiv 2407.00088v2
 [Horowitz]     Computing's Energy Problem (and what we can do about it). ISSCC 2014

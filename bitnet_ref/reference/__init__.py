@@ -9,7 +9,7 @@ module                 what it specifies
 ``quantize``           ternary weights, int8 activations, the 1-bit baseline, straight-through gradients
 ``packing``            four ways to store a ternary matrix: ``i2``, ``base3``, ``tl1``, ``tl2``
 ``matmul``             int32 product with a packed matrix, and the linear layer made of it
-``losses``             the two distillation losses of [BitDistill]
+``losses``             the two distillation losses of [BitDistill], and one of hidden states
 =====================  =================================================================================================
 
 Vocabulary, the same in every module

@@ -286,17 +286,13 @@ cdef class Steps:
         self.call = <const decoder_steps*>PyCapsule_GetPointer(capsule, b"bitnet_ref.steps/3")
         self.n_threads = n_threads
 
-    def take_product_ns(self):
-        """Time that products inside of `self_attention` and `feed_forward` took since this was asked last, in ns.
+    def take_inner_ns(self):
+        """Time that parts of `self_attention` and `feed_forward` took since this was asked last, in ns, as a dict.
 
-        With them the rescaling of their sums and the gate, which the same threads do.
+        product: with the rescaling of sums and the gate, which the same threads do; attention: with storing keys and values.
         """
-        taken, self.product_ns = self.product_ns, 0
-        return taken
-
-    def take_attention_ns(self):
-        """The same of storing keys and values and of attention inside of `self_attention`."""
-        taken, self.attention_ns = self.attention_ns, 0
+        taken = {"product": self.product_ns, "attention": self.attention_ns}
+        self.product_ns = self.attention_ns = 0
         return taken
 
     def rms_norm(self, x, weight, float eps, float offset=0.0):

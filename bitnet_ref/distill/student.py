@@ -343,8 +343,8 @@ def capture_hidden(model: nn.Module) -> Iterator[list[Tensor]]:
     with ExitStack() as hooks:
         for i, block in enumerate(blocks):
 
-            def keep(module: nn.Module, inputs: Any, output: Any, i: int = i) -> None:
-                kept[i] = output if isinstance(output, Tensor) else output[0]
+            def keep(module: nn.Module, inputs: Any, output: Tensor, i: int = i) -> None:
+                kept[i] = output
 
             hooks.callback(block.register_forward_hook(keep).remove)
         yield kept

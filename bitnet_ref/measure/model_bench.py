@@ -8,8 +8,8 @@ Method
   Figures are medians, with quartiles.
 - Bytes read per token are counted, not measured: all ternary matrices, the head, and the keys and values of the tokens
   so far. That over the time of a step, as a share of the probe, is ``read_bandwidth_fraction``.
-- In further steps every compiled call is timed from outside, and products inside of fused steps from within. What
-  remains of a step beside compiled calls is Python: ``python_fraction``. The timers themselves count as Python.
+- In further steps every compiled call is timed from outside, and products and attention inside of fused steps from
+  within. What remains of a step beside compiled calls is Python: ``python_fraction``. The timers count as Python.
 - Of a sparse model, dense and sparse steps take turns on the same tokens, and in being the first. Their logits must be
   the same. Bytes of sparse steps are those of the rows that were read.
 - Depths of context are made, not read: keys and values are drawn at random, since time does not depend on their values.
@@ -207,16 +207,15 @@ def _shares(model: Model, n_threads: int, cache: Any) -> dict[str, float]:
     for _ in range(8):
         cache.length -= 1  # the last token again
         spent.clear()
-        runner.take_product_ns(), runner.take_attention_ns()
+        runner.take_inner_ns()
         start = time.perf_counter_ns()
         runner.forward([0], cache)
         total = time.perf_counter_ns() - start
         python = total - sum(spent.values())
-        products = spent["product"] + runner.take_product_ns()
+        spent.update(runner.take_inner_ns())  # adds to what calls of their own took
         head = spent["head"] + spent["grouped_head"]
-        attention = spent["attention"] + runner.take_attention_ns()
-        rest = total - python - products - head - attention
-        shares.append([part / total for part in (python, products, head, attention, rest)])
+        rest = total - python - spent["product"] - head - spent["attention"]
+        shares.append([part / total for part in (python, spent["product"], head, spent["attention"], rest)])
     names = ("python_fraction", "product_fraction", "head_fraction", "attention_fraction", "other_fraction")
     return dict(zip(names, np.median(shares, axis=0).tolist(), strict=True))
 

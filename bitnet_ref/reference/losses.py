@@ -144,7 +144,7 @@ def attention_relation_loss(
 
 
 def hidden_state_loss(student: Sequence[np.ndarray], teacher: Sequence[np.ndarray], mask: np.ndarray) -> float:
-    """Distance of the hidden states behind every block, after [TernaryBERT] (arXiv 2009.12812), Eq. 8.
+    """Distance of the hidden states behind every block, after [TernaryBERT], which compares all layers.
 
         L_HD = 1 / (L N) sum_l sum_t |s_lt - h_lt|^2 / |h_lt|^2
 
@@ -167,7 +167,7 @@ def hidden_state_loss(student: Sequence[np.ndarray], teacher: Sequence[np.ndarra
 
     Notes
     -----
-    Differs: the equation is a mean of squares. Here each token is measured by its own length, since a residual stream
+    Differs: there it is a mean of squares. Here each token is measured by its own length, since a residual stream
     grows from block to block and is a thousand times as long on the first token of a text as on others.
     """
     if not mask.any():

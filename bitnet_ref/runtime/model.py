@@ -247,8 +247,8 @@ class Model:
         wrap : callable(name, function) -> function, optional
             Put around every compiled function, to time it: ``product`` for products with ternary matrices that are
             calls of their own, and the names of the steps, ``head`` and ``grouped_head`` among them.
-            ``take_product_ns`` and ``take_attention_ns`` of the new model give the time of products and of attention
-            inside of steps since they were called last.
+            ``take_inner_ns`` of the new model gives the time of products and of attention inside of steps since it was
+            called last.
         """
         other = copy.copy(self)
         other.n_threads = kernels.resolve_threads(n_threads)
@@ -257,7 +257,7 @@ class Model:
             ops = other._ops
             names = [name for name in dir(ops) if not name.startswith(("_", "take_"))]
             other._ops = SimpleNamespace(**{name: wrap(name, getattr(ops, name)) for name in names})
-            other.take_product_ns, other.take_attention_ns = ops.take_product_ns, ops.take_attention_ns
+            other.take_inner_ns = ops.take_inner_ns
         other.steps = compiled_steps(other._ops, self._listed)
         other.weights = {
             name: TernaryLayer(w.w_packed, w.w_scale, other._ops, other.n_threads, wrap)

@@ -20,8 +20,9 @@ from bitnet_ref.errors import FormatError  # noqa: E402
 from bitnet_ref.formats.answers import read_answers  # noqa: E402
 from bitnet_ref.runtime import classify  # noqa: E402
 
+TRAINED = ("teacher", "direct", "pretrain", "distill", "blocks")
 SHORT = ["data.synthetic=400", "corpus.synthetic=400", "model.sizes.hidden_size=32", "model.sizes.intermediate_size=64"]
-SHORT += [f"{stage}.{key}" for stage in ("teacher", "direct", "pretrain", "distill") for key in ("steps=4", "batch=8")]
+SHORT += [f"{stage}.{key}" for stage in TRAINED for key in ("steps=4", "batch=8")]
 SHORT += [
     f"{stage}.{key}" for stage in ("teacher", "direct", "distill") for key in ("evaluate_every=2", "save_every=2")
 ]
@@ -35,6 +36,9 @@ def one_thread():
     yield
     torch.set_num_threads(before)
     torch.set_flush_denormal(False)
+
+
+STUDENTS = ("direct", "bitdistill", "blocks-distill")
 
 
 def command(*arguments, settings=SHORT):
@@ -56,9 +60,10 @@ def test_every_stage_leaves_what_it_should(finished):
     for seed in (0, 1):
         assert sorted(p.name for p in (out / f"seed-{seed}").iterdir()) == sorted(configs.STAGES)
         for stage in configs.STAGES:
-            files = {"metrics.jsonl", "result.json"}
-            files |= {"model"} if stage in stages.KEPT else {"weights.safetensors"} if stage == "pretrain" else set()
-            files |= {"export", "answers.safetensors"} if stage in ("direct", "bitdistill") else set()
+            files = {"result.json"} | ({"block-00", "block-01"} if stage == "blocks" else {"metrics.jsonl"})
+            files |= {"weights.safetensors"} if stage in ("pretrain", "blocks") else set()
+            files |= {"model"} if stage in stages.KEPT else set()
+            files |= {"export", "answers.safetensors"} if stage in STUDENTS else set()
             assert {p.name for p in (out / f"seed-{seed}" / stage).iterdir()} == files, stage
     result = json.loads((out / "seed-1" / "bitdistill" / "result.json").read_text(encoding="utf-8"))
     assert result["step"] == 4 and result["seed"] == 1 and 0 <= result["test"]["accuracy"] <= 1
@@ -66,7 +71,7 @@ def test_every_stage_leaves_what_it_should(finished):
     assert record["commit"] and record["cpu"] and record["torch"] and record["splits_sha256"]
     assert "train" in (out / "splits.txt").read_text(encoding="utf-8")
     tables = json.loads((out / "tables.json").read_text(encoding="utf-8"))["tables"]
-    assert [len(tables[key]["rows"]) for key in ("models", "stages", "losses")] == [3, 5, 4]
+    assert [len(tables[key]["rows"]) for key in ("models", "stages", "starts", "losses")] == [3, 5, 4, 4]
     assert all(row["accuracy"]["n"] == 2 for row in tables["stages"]["rows"])
     assert "| attention relations |" in done.output
 
@@ -78,6 +83,8 @@ def test_students_differ_in_what_their_names_say(finished):
         "ct-ld": {"ce", "ld"},
         "ct-ad": {"ce", "ad"},
         "bitdistill": {"ce", "ld", "ad"},
+        "blocks-ce": set(),
+        "blocks-distill": {"ce", "ld", "ad"},
     }.items():
         lines = (out / "seed-0" / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         assert {"ce", "ld", "ad"} & set(json.loads(lines[1])) == terms, stage
@@ -91,7 +98,7 @@ def test_the_folders_run_on_the_kernels(finished):
     out, _ = finished
     teacher = load(out / "seed-0" / "teacher" / "model", head="f32", n_threads=1)
     assert teacher.logits(teacher.tokenizer.encode("the film was not dull , but i felt")).shape[1] > 256
-    for stage in ("direct", "bitdistill"):
+    for stage in STUDENTS:
         folder = out / "seed-0" / stage
         expected = read_answers(folder / "answers.safetensors")
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
@@ -109,7 +116,7 @@ def test_the_folders_run_on_the_kernels(finished):
 def test_a_finished_run_is_read_and_not_trained_again(finished):
     out, _ = finished
     before = {path: path.read_bytes() for path in out.glob("seed-*/*/*.json*")}
-    assert len(before) == 2 * 2 * len(configs.STAGES)
+    assert len(before) == 2 * (2 * len(configs.STAGES) - 1)  # the metrics of blocks are one folder further down
     done = command("tiny", "--out", out, "--resume", "--seeds", "0,1")
     assert done.exit_code == 0 and "steps of" not in done.output
     assert before == {path: path.read_bytes() for path in out.glob("seed-*/*/*.json*")}
@@ -143,7 +150,7 @@ def test_a_run_that_stopped_goes_on(finished, tmp_path):
     assert first.exit_code == 0
     done = command("tiny", "--out", part, "--resume", "--seeds", "0")
     assert done.exit_code == 0 and "teacher, seed 0: 4 steps" not in done.output
-    for stage in stages.KEPT:
+    for stage in ("teacher", "direct", "bitdistill"):
         name = f"seed-0/{stage}/model/model.safetensors"
         assert (part / name).read_bytes() == (out / name).read_bytes(), stage
 

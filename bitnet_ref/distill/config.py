@@ -19,6 +19,7 @@ from typing import Any
 
 __all__ = [
     "STAGES",
+    "Blocks",
     "Config",
     "Corpus",
     "Data",
@@ -32,7 +33,10 @@ __all__ = [
     "parse_config",
 ]
 
-STAGES = ("teacher", "direct", "subln", "pretrain", "subln-ct", "subln-distill", "ct-ld", "ct-ad", "bitdistill")
+STAGES = (
+    *("teacher", "direct", "subln", "pretrain", "subln-ct", "subln-distill", "ct-ld", "ct-ad", "bitdistill"),
+    *("blocks", "blocks-ce", "blocks-distill"),
+)
 """Everything that can be trained, in the order in which it is."""
 
 _PACKAGED = Path(__file__).parent / "configs"
@@ -194,6 +198,18 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Blocks(Training):
+    """How the blocks of a student are trained one by one, see :mod:`bitnet_ref.distill.blocks`."""
+
+    steps: int = 150
+    """Of each block."""
+    learning_rate: float = 1e-2
+    weight_decay: float = 0.0
+    examples: int = 4096
+    """Train on so many of the examples of the task, in the same batches again and again; 0 for all."""
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -208,6 +224,7 @@ class Config:
     """Direct ternarisation, the baseline, and every other variant that is not distilled."""
     pretrain: Training = Training()
     distill: Training = Training()
+    blocks: Blocks = Blocks()
     seeds: tuple[int, ...] = (0,)
     variants: tuple[str, ...] = ("teacher", "direct", "pretrain", "bitdistill")
     """Which stages run; a selection of :data:`STAGES`."""
@@ -289,6 +306,8 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
         raise ValueError(
             f"teacher.quantize_over must be 0, a teacher is not quantised, got {config.teacher.quantize_over}"
         )
+    if config.blocks.gradient_checkpointing:
+        raise ValueError("blocks.gradient_checkpointing must be false: a block alone has nothing to recompute")
     if config.losses.hidden and config.losses.teacher_cache:
         raise ValueError("losses.teacher_cache must be false with losses.hidden: it does not keep hidden states")
     if len(set(config.seeds)) != len(config.seeds) or not config.seeds:

@@ -28,6 +28,15 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
             "bitdistill": "all",
         },
     ),
+    "starts": (
+        "where students of both losses begin",
+        {
+            "subln-distill": "SubLN",
+            "bitdistill": "SubLN, continued pre-training",
+            "blocks-ce": "SubLN, blocks one by one, and cross-entropy alone",
+            "blocks-distill": "SubLN, blocks one by one",
+        },
+    ),
     "losses": (
         "as Table 6: losses beside cross-entropy, after continued pre-training",
         {"subln-ct": "none", "ct-ld": "logits", "ct-ad": "attention relations", "bitdistill": "both"},

@@ -9,10 +9,13 @@ subln-ct       pretrain, fine-tuned
 subln-distill  with SubLN, distilled from the teacher
 ct-ld, ct-ad   pretrain, distilled by logits only, by attention relations only
 bitdistill     pretrain, distilled by both: stage 3
+blocks         with SubLN, each block trained alone to do what the teacher's does: where the next two begin
+blocks-ce      blocks, fine-tuned
+blocks-distill blocks, distilled by both
 =============  =====================================================================================================
 
 A run is a folder: ``config.json``, ``record.json``, ``splits.txt``, and for every seed and stage ``metrics.jsonl``,
-``result.json``; of teacher, direct and bitdistill also ``model/``; of these two students also ``export/`` and, of
+``result.json``; of teacher, direct, bitdistill and blocks-distill also ``model/``; of these students also ``export/`` and, of
 classifiers, ``answers.safetensors``: what PyTorch answers to every prompt of the test split, for the kernels to repeat.
 """
 
@@ -35,7 +38,8 @@ from torch import nn
 from torch.nn import functional
 
 from bitnet_ref.distill import data, models, synthetic, tasks
-from bitnet_ref.distill.config import STAGES, Config, Training, digest
+from bitnet_ref.distill.blocks import train_blocks
+from bitnet_ref.distill.config import STAGES, Blocks, Config, Training, digest
 from bitnet_ref.distill.export import answer, export_student, round_tables
 from bitnet_ref.distill.objective import Distillation, LanguageModelling, Scored, compared_positions
 from bitnet_ref.distill.student import input_sizes, insert_subln, save_student, ternarise
@@ -46,7 +50,7 @@ from bitnet_ref.formats.answers import write_answers
 
 __all__ = ["KEPT", "VARIANTS", "Run", "Variant", "dry", "first_prompts", "splits_of", "task_of", "with_parents"]
 
-KEPT = ("teacher", "direct", "bitdistill")
+KEPT = ("teacher", "direct", "bitdistill", "blocks-distill")
 """Stages whose model is left as a folder."""
 
 
@@ -58,6 +62,7 @@ class Variant:
     pretrained: bool
     logits: bool
     attention: bool
+    blocks: bool = False
 
 
 VARIANTS = {
@@ -68,6 +73,8 @@ VARIANTS = {
     "ct-ld": Variant(True, True, True, False),
     "ct-ad": Variant(True, True, False, True),
     "bitdistill": Variant(True, True, True, True),
+    "blocks-ce": Variant(True, False, False, False, blocks=True),
+    "blocks-distill": Variant(True, False, True, True, blocks=True),
 }
 """The students; see the table above."""
 
@@ -88,7 +95,9 @@ def with_parents(stages: Sequence[str]) -> list[str]:
         variant = VARIANTS.get(name)
         if variant and variant.pretrained:
             wanted.add("pretrain")
-        if variant and (variant.logits or variant.attention):
+        if variant and variant.blocks:
+            wanted.add("blocks")
+        if name == "blocks" or (variant and (variant.logits or variant.attention or variant.blocks)):
             wanted.add("teacher")
     return [name for name in STAGES if name in wanted]
 
@@ -127,6 +136,7 @@ def dry(config: Config) -> Config:
         direct=short(config.direct),
         pretrain=short(config.pretrain),
         distill=short(config.distill),
+        blocks=short(config.blocks),
         seeds=config.seeds[:1],
     )
 
@@ -239,6 +249,8 @@ class Run:
                 )
             return result
         self.say(f"{name}, seed {seed}: {training.steps:,} steps of {training.batch}")
+        if name == "blocks":
+            return self._blocks(training, seed, folder, settings)
         rows: list[Any] = []
         if name == "pretrain":
             corpus = self.corpus(seed)
@@ -291,6 +303,37 @@ class Run:
             + ", ".join(f"{key} {value:.4f}" for key, value in figures.items())
             + f" in {found.seconds:,.0f} s"
         )
+        return result
+
+    def _blocks(self, settings: Blocks, seed: int, folder: Path, about: dict[str, Any]) -> dict[str, Any]:
+        """Train the stage of that name, and write its result."""
+        examples = self._limited(self.splits.train, self.config.data.train_limit)
+        examples = self._limited(examples, settings.examples)
+        prepared = tasks.batches(self.task, self.encoder, examples, settings.batch, seed)
+        student = self._plain("blocks", seed).to(self.devices.device)
+        teacher = self._teacher(seed).to(self.devices.device).eval().requires_grad_(False)
+        found, errors = train_blocks(
+            student,
+            teacher,
+            settings,
+            [prepared.batch(i) for i in range(prepared.per_epoch)],
+            folder,
+            stage=f"blocks of seed {seed}",
+            identity=digest(about),
+            seed=seed,
+            devices=self.devices,
+            say=self.say,
+            quiet=self.quiet,
+        )
+        self._keep_weights(folder / "weights.safetensors", student)
+        result = {"stage": "blocks", "seed": seed, "identity": digest(about), **dataclasses.asdict(found)}
+        result |= {"errors": errors, "settings": about}
+        if self.devices.main:
+            _write_json(folder / "result.json", result)
+            for part in folder.glob("block-*/weights.safetensors"):
+                part.unlink()
+        self.devices.barrier()
+        self.say(f"blocks, seed {seed}: error {errors[-1]['after']:.4f} behind the last in {found.seconds:,.0f} s")
         return result
 
     def folder(self, name: str, seed: int) -> Path:
@@ -411,7 +454,7 @@ class Run:
 
     def _training(self, name: str) -> Training:
         """Settings of a stage; a student that is distilled in any way has those of distillation."""
-        if name in ("teacher", "pretrain"):
+        if name in ("teacher", "pretrain", "blocks"):
             return getattr(self.config, name)
         variant = VARIANTS[name]
         return self.config.distill if variant.logits or variant.attention else self.config.direct
@@ -435,7 +478,7 @@ class Run:
             found["corpus"] = dataclasses.asdict(self.config.corpus)
         if name != "teacher":
             found["student"] = dataclasses.asdict(self.config.student)
-            if self.config.student.start == "teacher":
+            if self.config.student.start == "teacher" or name == "blocks":
                 found["teacher"] = self._parent("teacher", seed)
         variant = VARIANTS.get(name)
         if variant and (variant.logits or variant.attention):
@@ -443,6 +486,8 @@ class Run:
             found["teacher"] = self._parent("teacher", seed)
         if variant and variant.pretrained:
             found["pretrain"] = self._parent("pretrain", seed)
+        if variant and variant.blocks:
+            found["blocks"] = self._parent("blocks", seed)
         return json.loads(json.dumps(found))
 
     def _parent(self, name: str, seed: int) -> str:
@@ -466,6 +511,9 @@ class Run:
         if variant and variant.pretrained:
             self.stage("pretrain", seed)
             load_weights(self.folder("pretrain", seed) / "weights.safetensors", model)
+        if variant and variant.blocks:
+            self.stage("blocks", seed)
+            load_weights(self.folder("blocks", seed) / "weights.safetensors", model)
         model.to(self.devices.device)
         if not (variant and (variant.logits or variant.attention)):
             return model, LanguageModelling(model), lambda: None
@@ -511,7 +559,7 @@ class Run:
         else:
             model = self._teacher(seed)
         if name != "teacher":
-            if name == "pretrain" or VARIANTS[name].subln:
+            if name in ("pretrain", "blocks") or VARIANTS[name].subln:
                 insert_subln(model, self.config.student.subln, self._gains(model, seed))
             ternarise(model, self.config.student.quantizer, self.config.student.block)
         return model
@@ -645,7 +693,7 @@ def _difference(result: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
                 if before.get(inner) != after:
                     return f"{key}.{inner} was {before.get(inner)!r} there and is {after!r} now"
         elif before != value:
-            hashed = key in ("model", "data", "teacher", "pretrain")
+            hashed = key in ("model", "data", "teacher", "pretrain", "blocks")
             return f"its {key} was another one" if hashed else f"{key} was {before!r} there and is {value!r} now"
     return "it was made with other settings"
 

@@ -89,7 +89,7 @@ def test_blocks_alone_one_after_the_other_are_the_model(kind):
 
 
 def test_the_loss_is_that_of_the_reference_over_tokens_that_are_no_padding():
-    one, teacher = pair()
+    one, _ = pair()
     alone, random = blocks.BlockAlone(one, 1), np.random.default_rng(1)
     stream, target = (random.standard_normal((4, 9, 48)).astype(np.float32) for _ in range(2))
     part = {**BATCHES[3], "stream": stream, "target": target}
@@ -213,8 +213,10 @@ def test_what_does_not_fit_is_refused(tmp_path):
         run(tmp_path, devices=trainer.Devices(torch.device("cpu"), sharding="full"))
     with pytest.raises(ValueError, match="at least 2 batches, one of them to measure the error, got 1"):
         blocks.train_blocks(one, teacher, SETTINGS, BATCHES[:1], tmp_path, stage="blocks", identity="x")
-    raw = {"name": "x", "model": {"family": "Llama", "tokenizer": "synthetic"}}
-    with pytest.raises(ValueError, match="blocks.gradient_checkpointing must be false"):
+    raw = {"name": "x", "data": {}, "model": {"family": "Llama", "tokenizer": "synthetic"}}
+    with pytest.raises(ValueError, match=r"blocks\.gradient_checkpointing must be false"):
         parse_config(raw | {"blocks": {"gradient_checkpointing": True}})
-    with pytest.raises(ValueError, match="blocks.width is no key of a configuration; blocks has .* examples"):
+    with pytest.raises(ValueError, match=r"finish\.quantize_over must be 0.* got 0\.2"):
+        parse_config(raw | {"finish": {"quantize_over": 0.2}})
+    with pytest.raises(ValueError, match=r"blocks\.width is no key of a configuration; blocks has .* examples"):
         parse_config(raw | {"blocks": {"width": 3}})

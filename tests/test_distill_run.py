@@ -20,11 +20,13 @@ from bitnet_ref.errors import FormatError  # noqa: E402
 from bitnet_ref.formats.answers import read_answers  # noqa: E402
 from bitnet_ref.runtime import classify  # noqa: E402
 
-TRAINED = ("teacher", "direct", "pretrain", "distill", "blocks")
+TRAINED = ("teacher", "direct", "pretrain", "distill", "blocks", "finish")
 SHORT = ["data.synthetic=400", "corpus.synthetic=400", "model.sizes.hidden_size=32", "model.sizes.intermediate_size=64"]
 SHORT += [f"{stage}.{key}" for stage in TRAINED for key in ("steps=4", "batch=8")]
 SHORT += [
-    f"{stage}.{key}" for stage in ("teacher", "direct", "distill") for key in ("evaluate_every=2", "save_every=2")
+    f"{stage}.{key}"
+    for stage in ("teacher", "direct", "distill", "finish")
+    for key in ("evaluate_every=2", "save_every=2")
 ]
 
 

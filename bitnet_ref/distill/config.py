@@ -225,6 +225,8 @@ class Config:
     pretrain: Training = Training()
     distill: Training = Training()
     blocks: Blocks = Blocks()
+    finish: Training = Training(learning_rate=1e-5)
+    """Students whose blocks were trained, as a whole. They are near the teacher already: larger steps undo that."""
     seeds: tuple[int, ...] = (0,)
     variants: tuple[str, ...] = ("teacher", "direct", "pretrain", "bitdistill")
     """Which stages run; a selection of :data:`STAGES`."""
@@ -305,6 +307,11 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
     if config.teacher.quantize_over:
         raise ValueError(
             f"teacher.quantize_over must be 0, a teacher is not quantised, got {config.teacher.quantize_over}"
+        )
+    if config.finish.quantize_over:
+        raise ValueError(
+            "finish.quantize_over must be 0, what blocks have learnt is the quantised network, got "
+            f"{config.finish.quantize_over}"
         )
     if config.blocks.gradient_checkpointing:
         raise ValueError("blocks.gradient_checkpointing must be false: a block alone has nothing to recompute")

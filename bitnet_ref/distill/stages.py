@@ -15,8 +15,9 @@ blocks-distill blocks, distilled by both
 =============  =====================================================================================================
 
 A run is a folder: ``config.json``, ``record.json``, ``splits.txt``, and for every seed and stage ``metrics.jsonl``,
-``result.json``; of teacher, direct, bitdistill and blocks-distill also ``model/``; of these students also ``export/`` and, of
-classifiers, ``answers.safetensors``: what PyTorch answers to every prompt of the test split, for the kernels to repeat.
+``result.json``; of teacher, direct, bitdistill and blocks-distill also ``model/``; of these students also ``export/``
+and, of classifiers, ``answers.safetensors``: what PyTorch answers to every prompt of the test split, for the kernels to
+repeat.
 """
 
 from __future__ import annotations
@@ -137,6 +138,7 @@ def dry(config: Config) -> Config:
         pretrain=short(config.pretrain),
         distill=short(config.distill),
         blocks=short(config.blocks),
+        finish=short(config.finish),
         seeds=config.seeds[:1],
     )
 
@@ -453,10 +455,12 @@ class Run:
         return {"score": scores["average"], **scores}
 
     def _training(self, name: str) -> Training:
-        """Settings of a stage; a student that is distilled in any way has those of distillation."""
+        """Settings of a stage; a student that is distilled in any way has those of distillation, or of finishing."""
         if name in ("teacher", "pretrain", "blocks"):
             return getattr(self.config, name)
         variant = VARIANTS[name]
+        if variant.blocks:
+            return self.config.finish
         return self.config.distill if variant.logits or variant.attention else self.config.direct
 
     def _settings(self, name: str, seed: int) -> dict[str, Any]:

@@ -131,7 +131,8 @@ class Student:
     block: int = 256
     """Columns that share a scale with ``absmean-block``."""
     start: str = "base"
-    """``base``: the model before fine-tuning, as in [BitDistill]; ``teacher``: the fine-tuned one."""
+    """``base``: the model before fine-tuning, as in [BitDistill]; ``teacher``: the fine-tuned one. Students whose
+    blocks are trained one by one always begin with the teacher's blocks."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ subln-ct       pretrain, fine-tuned
 subln-distill  with SubLN, distilled from the teacher
 ct-ld, ct-ad   pretrain, distilled by logits only, by attention relations only
 bitdistill     pretrain, distilled by both: stage 3
-blocks         with SubLN, each block trained alone to do what the teacher's does: where the next two begin
+blocks         the teacher with SubLN, each block trained alone to do what the teacher's does: where the next two begin
 blocks-ce      blocks, fine-tuned
 blocks-distill blocks, distilled by both
 =============  =====================================================================================================
@@ -558,12 +558,13 @@ class Run:
 
     def _plain(self, name: str, seed: int) -> nn.Module:
         """The network of a stage, before it is trained or given the weights of an earlier one."""
-        if name == "teacher" or self.config.student.start == "base":
+        blocks = name == "blocks" or (name in VARIANTS and VARIANTS[name].blocks)
+        if name == "teacher" or (self.config.student.start == "base" and not blocks):
             model = models.load_base(self.config.model, seed, self.encoder.vocabulary_size)
         else:
             model = self._teacher(seed)
         if name != "teacher":
-            if name in ("pretrain", "blocks") or VARIANTS[name].subln:
+            if name == "pretrain" or blocks or VARIANTS[name].subln:
                 insert_subln(model, self.config.student.subln, self._gains(model, seed))
             ternarise(model, self.config.student.quantizer, self.config.student.block)
         return model

@@ -13,7 +13,7 @@ from bitnet_ref.cli import main
 torch = pytest.importorskip("torch", reason="training needs the extra [distill]: no torch here")
 transformers = pytest.importorskip("transformers")
 
-from bitnet_ref import load  # noqa: E402
+from bitnet_ref import load, paper_figures  # noqa: E402
 from bitnet_ref.distill import config as configs  # noqa: E402  (what follows imports torch)
 from bitnet_ref.distill import models, stages, start, student  # noqa: E402
 from bitnet_ref.errors import FormatError  # noqa: E402
@@ -76,6 +76,28 @@ def test_every_stage_leaves_what_it_should(finished):
     assert [len(tables[key]["rows"]) for key in ("models", "stages", "starts", "losses")] == [3, 5, 4, 4]
     assert all(row["accuracy"]["n"] == 2 for row in tables["stages"]["rows"])
     assert "| attention relations |" in done.output
+
+
+def test_results_have_curves_and_make_a_figure(finished, tmp_path):
+    out, _ = finished
+    results = json.loads((out / "tables.json").read_text(encoding="utf-8"))
+    rows = {(row["stage"], row["seed"]): row for row in results["results"]}
+    direct = rows["direct", 1]
+    assert [row["step"] for row in direct["development"]] == [2, 4]
+    assert direct["development"][-1]["tokens"] == direct["tokens"]
+    assert [set(row) for row in rows["blocks", 0]["errors"]] == [{"before", "after"}] * 2
+    assert "errors" not in direct and rows["blocks", 0]["development"] == []
+    figure = paper_figures.load("fig_distill_blocks").draw(results)
+    left, right = figure.axes
+    _, after = left.get_lines()
+    errors = [row["errors"] for (stage, _), row in rows.items() if stage == "blocks"]
+    np.testing.assert_allclose(after.get_ydata(), np.mean([[b["after"] for b in e] for e in errors], 0))
+    # Two blocks: a token in one of them counts half.
+    student = next(line for line in right.get_lines() if "blocks" in line.get_label())
+    work = [rows["blocks", s]["tokens"] / 2 + rows["blocks-distill", s]["development"][0]["tokens"] for s in (0, 1)]
+    assert student.get_xdata()[0] == pytest.approx(np.mean(work) / 1e3)
+    paper_figures.save(figure, tmp_path / "blocks.png")
+    assert (tmp_path / "blocks.png").stat().st_size > 10_000
 
 
 def test_students_differ_in_what_their_names_say(finished):

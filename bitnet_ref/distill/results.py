@@ -48,6 +48,12 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
 def collect(out: str | Path) -> list[dict[str, Any]]:
     """All finished stages of a run.
 
+    Returns
+    -------
+    list of dict
+        ``stage``, ``seed``, ``step``, ``seconds``, ``tokens`` and ``test``; ``development``, the ``score`` after some
+        steps, with ``tokens`` so far; of blocks ``errors``, a row for each. One stage that serves all seeds comes once.
+
     Raises
     ------
     FormatError
@@ -57,14 +63,27 @@ def collect(out: str | Path) -> list[dict[str, Any]]:
     for path in sorted(Path(out).glob("seed-*/*/result.json")):
         try:
             row = json.loads(path.read_text(encoding="utf-8"))
-            rows.append(
-                {key: row[key] for key in ("stage", "seed", "step", "seconds", "tokens")} | {"test": row.get("test")}
-            )
+            found = {key: row[key] for key in ("stage", "seed", "step", "seconds", "tokens")} | {
+                "test": row.get("test")
+            }
+            found["development"] = _development(path.with_name("metrics.jsonl"))
+            rows.append(found | ({"errors": row["errors"]} if "errors" in row else {}))
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise FormatError(f"{path} must be the result of a stage: {error!r}") from error
     if not rows:
         raise FormatError(f"{out} must be the folder of a run with finished stages, it has none")
     return rows
+
+
+def _development(path: Path) -> list[dict[str, Any]]:
+    """The evaluations in a file of metrics, if there is one."""
+    found, tokens = [], 0
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        row = json.loads(line)
+        tokens = row.get("tokens", tokens)
+        if row.get("event") == "development":
+            found.append({"step": row["step"], "tokens": tokens, "score": row["score"]})
+    return found
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:

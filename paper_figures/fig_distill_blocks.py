@@ -1,0 +1,66 @@
+"""Students whose blocks were trained one by one, beside direct ternarisation; see docs/distillation.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from bitnet_ref.paper_figures import BLUE, GREY, ORANGE, VERMILION, main, percent, select, styled, title
+
+SECTION = "results"
+KINDS = ("measured",)
+CAPTION = (
+    "Left: squared distance of the student's residual stream from its teacher's, in units of the teacher's squared "
+    "length, behind each block on held-out sentences, before the block is trained and after (the blocks before it are "
+    "trained). Right: accuracy on the development split over the work that was done: tokens of training, where a token "
+    "in one block counts as one block's share of the network. Lines: mean of the seeds; bands: least and largest. The "
+    "teacher's own work is not counted."
+)
+
+
+@styled
+def draw(results: dict[str, Any]) -> Figure:
+    """``tables.json`` of a run with the stages teacher, direct, blocks and blocks-distill."""
+    rows = results["results"]
+    blocks = {row["seed"]: row for row in select(rows, stage="blocks")}
+    figure = Figure(figsize=(7.2, 3.3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    n = len(next(iter(blocks.values()))["errors"])
+    for key, colour in (("before", GREY), ("after", BLUE)):
+        errors = np.array([[block[key] for block in row["errors"]] for row in blocks.values()])
+        left.plot(range(1, n + 1), errors.mean(0), color=colour, marker=".", label=f"{key} training")
+        left.fill_between(range(1, n + 1), errors.min(0), errors.max(0), color=colour, alpha=0.2, linewidth=0)
+    left.set(xlabel="block", ylabel="distance from the teacher\n(measured)", ylim=(0, None), title="each block")
+    for stage, label, colour in (
+        ("direct", "direct", VERMILION),
+        ("bitdistill", "BitDistill", ORANGE),
+        ("blocks-distill", "blocks, then the whole", BLUE),
+    ):
+        runs = select(rows, stage=stage)
+        if not runs:
+            continue
+        before = [0.0] * len(runs)
+        if stage == "blocks-distill":
+            before = [blocks[row["seed"]]["tokens"] / n for row in runs]
+        elif stage == "bitdistill":
+            pretrain = {row["seed"]: row["tokens"] for row in select(rows, stage="pretrain")}
+            before = [pretrain.get(row["seed"], next(iter(pretrain.values()))) for row in runs]
+        work = np.array([[b + e["tokens"] for e in r["development"]] for b, r in zip(before, runs, strict=True)]) / 1e3
+        scores = 100 * np.array([[e["score"] for e in row["development"]] for row in runs])
+        right.plot(work.mean(0), scores.mean(0), color=colour, marker=".", label=label)
+        right.fill_between(work.mean(0), scores.min(0), scores.max(0), color=colour, alpha=0.2, linewidth=0)
+    teachers = [max(e["score"] for e in row["development"]) for row in select(rows, stage="teacher")]
+    right.axhline(100 * np.mean(teachers), color=GREY, ls="--", label=f"teacher: {percent(np.mean(teachers), 1)}")
+    right.set(xlabel="work (thousand tokens)", ylabel="accuracy, % (measured)", title="the task", xlim=(0, None))
+    for axes in (left, right):
+        axes.grid()
+        axes.legend(fontsize=7)
+    seeds = len(blocks)
+    title(figure, f"Blocks one by one, {seeds} seed{'s' if seeds > 1 else ''}")
+    return figure
+
+
+if __name__ == "__main__":
+    main(draw)

@@ -41,7 +41,7 @@ test-torch: setup  ## run the tests that need PyTorch: parity with transformers,
 	  'pyarrow>=15' 'rouge-score>=0.1.2' 'sacrebleu>=2.4'
 	$(BIN)/pytest tests/test_parity_transformers.py tests/test_formats_layouts.py tests/test_formats_convert.py tests/test_chat.py \
 	  tests/test_distill_bitlinear.py tests/test_distill_data.py tests/test_distill_losses.py tests/test_distill_student.py \
-	  tests/test_distill_export.py tests/test_distill_study.py tests/test_distill_teacher_cache.py \
+	  tests/test_distill_export.py tests/test_distill_exact.py tests/test_distill_study.py tests/test_distill_teacher_cache.py \
 	  tests/test_small_model.py tests/test_trace.py
 
 .PHONY: test-distill distill-demo
@@ -49,7 +49,8 @@ test-torch: setup  ## run the tests that need PyTorch: parity with transformers,
 test-distill: setup  ## run the tests of distillation: trainer, resumption, two processes, whole runs (installs PyTorch)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 'transformers>=5,<6' 'accelerate>=1' \
 	  'rouge-score>=0.1.2' 'sacrebleu>=2.4'
-	$(BIN)/pytest tests/test_distill_trainer.py tests/test_distill_run.py tests/test_distill_tiny.py
+	$(BIN)/pytest tests/test_distill_trainer.py tests/test_distill_blocks.py tests/test_distill_run.py \
+	  tests/test_distill_tiny.py
 	$(BIN)/pytest tests/test_notebooks.py -k 02_distil
 	@echo "distillation: the tests that need PyTorch have passed"
 

@@ -161,4 +161,6 @@ def test_prove_fails_where_an_answer_differs(proven, tmp_path):
     near = given.logits + np.float32(0.03) * np.ptp(given.logits) * np.eye(7, 3, dtype=np.float32)
     same = (near.argmax(1) == given.predicted).all()
     result = prove(path, dataclasses.replace(given, logits=near), tmp_path)
-    assert result.exit_code == 1 and (not same or "logits must agree to 0.02, they differ by 0.0" in result.stderr)
+    assert result.exit_code == 1 and (not same or "logits must agree to 0.0, they differ by" in result.stderr)
+    result = prove(path, dataclasses.replace(given, logits=near), tmp_path, "--bound", "0.05")
+    assert result.exit_code == (0 if same else 1)

@@ -44,10 +44,7 @@ def test_kernels_answer_as_pytorch_does(made, form, scheme):
         assert form.startswith("gguf") and not (folder / "out" / export.FORMS[form]).exists()
         return
     model = load(folder / "out" / export.FORMS[form], scheme=scheme, head="f32", n_threads=1)
-    agreement = classify.compare_answers(expected, classify.answer(model, expected))
-    assert agreement.same_predictions == 20
-    # float32 rounding, and seldom an activation at a tie (docs/model.md).
-    assert agreement.largest_difference < 1e-2 and agreement.median_difference < 1e-3
+    np.testing.assert_array_equal(classify.answer(model, expected).logits, expected.logits)
 
 
 def test_tables_beyond_float16_are_refused():

@@ -65,7 +65,7 @@ def test_every_stage_leaves_what_it_should(finished):
             files = {"result.json"} | ({"block-00", "block-01"} if stage == "blocks" else {"metrics.jsonl"})
             files |= {"weights.safetensors"} if stage in ("pretrain", "blocks") else set()
             files |= {"model"} if stage in stages.KEPT else set()
-            files |= {"export", "answers.safetensors"} if stage in STUDENTS else set()
+            files |= {"export", "answers.safetensors", "answers-float32.safetensors"} if stage in STUDENTS else set()
             assert {p.name for p in (out / f"seed-{seed}" / stage).iterdir()} == files, stage
     result = json.loads((out / "seed-1" / "bitdistill" / "result.json").read_text(encoding="utf-8"))
     assert result["step"] == 4 and result["seed"] == 1 and 0 <= result["test"]["accuracy"] <= 1
@@ -131,10 +131,10 @@ def test_the_folders_run_on_the_kernels(finished):
         assert expected.accuracy == pytest.approx(result["test"]["accuracy"], abs=0.05)
         for path in (folder / "export" / "student.safetensors", folder / "export" / "student-hf"):
             model = load(path, head="f32", n_threads=1)
-            agreement = classify.compare_answers(expected, classify.answer(model, expected))
-            assert agreement.median_difference < 1e-3, path
-            # Students of four steps cannot tell labels apart; where the margin is above rounding all must agree.
-            assert all(abs(np.diff(expected.logits[i])[0]) < 0.05 for i in agreement.differing), path
+            np.testing.assert_array_equal(classify.answer(model, expected).logits, expected.logits)
+        # In PyTorch's own order of sums: float32 rounding, and seldom an activation at a tie (docs/model.md).
+        own = read_answers(folder / "answers-float32.safetensors")
+        assert classify.compare_answers(expected, own).median_difference < 1e-3
 
 
 def test_a_finished_run_is_read_and_not_trained_again(finished):
@@ -336,7 +336,7 @@ def test_a_student_with_gains_and_rising_quantisation(tmp_path):
     gains = [w for name, w in exported.weights.items() if name.endswith("_sub_norm.weight")]
     assert gains and all(abs(float(np.median(gain)) - 1) > 0.05 for gain in gains)
     expected = read_answers(folder / "answers.safetensors")
-    assert classify.compare_answers(expected, classify.answer(exported, expected)).median_difference < 1e-3
+    np.testing.assert_array_equal(classify.answer(exported, expected).logits, expected.logits)
 
 
 def test_pretraining_depends_on_the_data_that_gains_are_measured_on(tmp_path):

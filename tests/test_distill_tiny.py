@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -45,7 +46,4 @@ def test_tiny_keeps_the_order_and_its_student_runs_on_the_kernels(tmp_path):
         folder = out / "seed-0" / stage
         expected = read_answers(folder / "answers.safetensors")
         model = load(folder / "export" / "student.safetensors", head="f32", n_threads=1)
-        agreement = classify.compare_answers(expected, classify.answer(model, expected))
-        # An int8 activation at a tie may move a small network's logits by some 1e-3 of their range (docs/model.md).
-        assert agreement.median_difference < 1e-3 and agreement.largest_difference < 2e-2, stage
-        assert agreement.same_predictions == agreement.n_prompts, stage
+        np.testing.assert_array_equal(classify.answer(model, expected).logits, expected.logits, stage)

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from bitnet_ref.distill.exact import reference_arithmetic
 from bitnet_ref.errors import FormatError
 from bitnet_ref.formats import ConversionReport, convert
 from bitnet_ref.formats.answers import Answers
@@ -118,7 +120,7 @@ def answer(
     labels: Sequence[str],
     correct: Sequence[int],
     *,
-    source: str = "PyTorch, float32",
+    exact: bool = True,
     batch_size: int = 16,
 ) -> Answers:
     """What a model answers to prompts: the logits of the label tokens behind each, in float32 without autocast.
@@ -128,8 +130,11 @@ def answer(
     model : Module
         A causal language model of ``transformers``; left in the mode, training or not, that it is in now.
     prompts : sequence of sequences of int
-    label_tokens, labels, correct, source
+    label_tokens, labels, correct
         As in :class:`bitnet_ref.formats.answers.Answers`.
+    exact : bool
+        Round where the reference rounds, see :func:`bitnet_ref.distill.exact.reference_arithmetic`: the kernels then
+        give the same logits to the bit. Otherwise in PyTorch's own order, which is faster and as good a float32.
     batch_size : int
         Prompts of one pass, padded on the right, where causal attention does not look.
 
@@ -143,17 +148,18 @@ def answer(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
     columns = torch.tensor(list(label_tokens), device=device)
     try:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            width = max(len(prompts[i]) for i in chosen)
-            tokens = torch.zeros(len(chosen), width, dtype=torch.int64)
-            for row, i in enumerate(chosen):
-                tokens[row, : len(prompts[i])] = torch.as_tensor(list(prompts[i]))
-            last = torch.tensor([len(prompts[i]) - 1 for i in chosen], device=device)
-            with torch.autocast(device.type, enabled=False):
-                hidden = model.model(tokens.to(device)).last_hidden_state  # (B, T, hidden)
-                chosen_hidden = hidden[torch.arange(len(chosen), device=device), last]
-                logits[chosen] = model.lm_head(chosen_hidden)[:, columns].float().cpu().numpy()
+        with reference_arithmetic(model) if exact else contextlib.nullcontext():
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                width = max(len(prompts[i]) for i in chosen)
+                tokens = torch.zeros(len(chosen), width, dtype=torch.int64)
+                for row, i in enumerate(chosen):
+                    tokens[row, : len(prompts[i])] = torch.as_tensor(list(prompts[i]))
+                last = torch.tensor([len(prompts[i]) - 1 for i in chosen], device=device)
+                with torch.autocast(device.type, enabled=False):
+                    hidden = model.model(tokens.to(device)).last_hidden_state  # (B, T, hidden)
+                    chosen_hidden = hidden[torch.arange(len(chosen), device=device), last]
+                    logits[chosen] = model.lm_head(chosen_hidden)[:, columns].float().cpu().numpy()
     finally:
         model.train(training)
     return Answers(
@@ -162,5 +168,5 @@ def answer(
         list(labels),
         logits,
         np.asarray(correct, np.int64),
-        source,
+        "PyTorch, rounding as the reference does" if exact else "PyTorch, float32",
     )

@@ -16,8 +16,8 @@ blocks-distill blocks, distilled by both
 
 A run is a folder: ``config.json``, ``record.json``, ``splits.txt``, and for every seed and stage ``metrics.jsonl``,
 ``result.json``; of teacher, direct, bitdistill and blocks-distill also ``model/``; of these students also ``export/``
-and, of classifiers, ``answers.safetensors``: what PyTorch answers to every prompt of the test split, for the kernels to
-repeat.
+and, of classifiers, what PyTorch answers to every prompt of the test split, for the kernels to repeat:
+``answers.safetensors`` with the roundings of the reference, ``answers-float32.safetensors`` with PyTorch's own.
 """
 
 from __future__ import annotations
@@ -604,8 +604,9 @@ class Run:
             encode = self.task.encoder(self.encoder)
             prompts = [encode(replace(example, label=None))[0].tolist() for example in examples]
             correct = [list(ids).index(example.label) for example in examples]
-            answers = answer(model, prompts, list(ids.values()), list(ids), correct)
-            write_answers(answers, folder / "answers.safetensors")
+            asked = (model, prompts, list(ids.values()), list(ids), correct)
+            write_answers(answer(*asked), folder / "answers.safetensors")
+            write_answers(answer(*asked, exact=False), folder / "answers-float32.safetensors")
 
     def _keep_weights(self, path: Path, model: nn.Module) -> None:
         temporary = path.with_name("." + path.name)

@@ -73,7 +73,7 @@ def test_every_stage_leaves_what_it_should(finished):
     assert record["commit"] and record["cpu"] and record["torch"] and record["splits_sha256"]
     assert "train" in (out / "splits.txt").read_text(encoding="utf-8")
     tables = json.loads((out / "tables.json").read_text(encoding="utf-8"))["tables"]
-    assert [len(tables[key]["rows"]) for key in ("models", "stages", "starts", "losses")] == [3, 5, 4, 4]
+    assert [len(tables[key]["rows"]) for key in ("models", "stages", "starts", "losses")] == [3, 5, 5, 4]
     assert all(row["accuracy"]["n"] == 2 for row in tables["stages"]["rows"])
     assert "| attention relations |" in done.output
 

@@ -33,6 +33,7 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
         {
             "subln-distill": "SubLN",
             "bitdistill": "SubLN, continued pre-training",
+            "blocks": "SubLN, blocks one by one, and nothing more",
             "blocks-ce": "SubLN, blocks one by one, and cross-entropy alone",
             "blocks-distill": "SubLN, blocks one by one",
         },

@@ -329,13 +329,16 @@ class Run:
         )
         self._keep_weights(folder / "weights.safetensors", student)
         result = {"stage": "blocks", "seed": seed, "identity": digest(about), **dataclasses.asdict(found)}
+        test = self._limited(self.splits.test, self.config.data.test_limit)
+        result |= {"test": self.evaluate(Scored(student), test, False), "test_examples": len(test)}
         result |= {"errors": errors, "settings": about}
         if self.devices.main:
             _write_json(folder / "result.json", result)
             for part in folder.glob("block-*/weights.safetensors"):
                 part.unlink()
         self.devices.barrier()
-        self.say(f"blocks, seed {seed}: error {errors[-1]['after']:.4f} behind the last in {found.seconds:,.0f} s")
+        figures = ", ".join(f"{key} {value:.4f}" for key, value in result["test"].items())
+        self.say(f"blocks, seed {seed}: {figures}, error {errors[-1]['after']:.4f} in {found.seconds:,.0f} s")
         return result
 
     def folder(self, name: str, seed: int) -> Path:

@@ -628,7 +628,7 @@ def test_published_configs_are_read_whole():
         "quantization_config",
     }
     absent_is_the_same |= {"activation", "parallel_attn", "input_bits", "weight_bits"}
-    for name, published in configs._PUBLISHED.items():
+    for name, published in configs.PUBLISHED.items():
         for key in published.keys() - absent_is_the_same:
             with pytest.raises(ValueError):
                 ModelConfig.from_hf({k: v for k, v in published.items() if k != key})

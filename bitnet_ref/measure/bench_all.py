@@ -30,7 +30,7 @@ def measure_all(
     ----------
     command : str
     folder : Path
-        For the files of random models that peers read.
+        For the files of random models that all programs open.
     peers : sequence of str
         Of :data:`bitnet_ref.measure.peers.PEERS`; those of them that run models take part in that, too.
     quick : bool

@@ -1,8 +1,8 @@
 """Whole models side by side: ours and those of other programs, each in a process of its own, turn by turn.
 
-Reading a prompt and writing tokens are timed apart. Every process holds one model, so its peak of resident memory is
-that model's and its program's. All have the same network, the same type of embedding and head, one sequence and random
-ternary weights; :func:`bitnet_ref.measure.ratio.ratio` refuses anything else.
+Reading a prompt and writing tokens are timed apart. Every process opens one file, which another wrote, so its peak of
+resident memory is that model's and its program's. All have the same network, the same type of embedding and head, one
+sequence and random ternary weights; :func:`bitnet_ref.measure.ratio.ratio` refuses anything else.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from bitnet_ref.measure.peers import Worker, check_available
 from bitnet_ref.measure.peers.ggml import TYPES
 from bitnet_ref.measure.peers.llama_model import serve as serve_peer
 from bitnet_ref.measure.peers.worker import answer
+from bitnet_ref.measure.random_file import write_random_model
 from bitnet_ref.measure.record import record
 from bitnet_ref.measure.turns import BUSY, busy_seconds, frequency_hz
-from bitnet_ref.reference.config import PRESETS
-from bitnet_ref.runtime.model import Model
+from bitnet_ref.reference.config import PRESETS, PUBLISHED
+from bitnet_ref.runtime.load import load as load_file
 
 __all__ = ["PRESET", "measure_models_beside_peers", "serve_ours"]
 
@@ -36,9 +37,9 @@ def serve_ours(name: str, connection: Any) -> None:
     """What the process of our own model does."""
     held: dict[str, Any] = {}
 
-    def load(preset: str, scheme: str, head: str, threads: int, context: int) -> None:
+    def load(path: Path, scheme: str, head: str, threads: int, context: int) -> None:
         if "model" not in held:
-            held["model"] = Model.random(PRESETS[preset], 0, scheme=scheme, head=head)
+            held["model"] = load_file(path, scheme, head)
         held["runner"], held["context"] = held["model"].with_threads(threads), context
 
     def prefill(tokens: list[int]) -> float:
@@ -62,6 +63,7 @@ def serve_ours(name: str, connection: Any) -> None:
     answer(
         connection,
         {
+            "write": write_random_model,
             "load": load,
             "prefill": prefill,
             "decode": decode,
@@ -91,7 +93,7 @@ def measure_models_beside_peers(
     command : str
         What was run, for the record.
     folder : Path
-        Where the files for the peers are written, once.
+        Where the files of random models are written, once.
     peers : sequence of str
         Of ``llama.cpp`` and ``ik_llama.cpp``.
     heads, schemes : sequence of str
@@ -133,8 +135,12 @@ def measure_models_beside_peers(
         workers: list[tuple[dict[str, Any], Worker, tuple[Any, ...]]] = []
         try:
             for scheme in schemes:
+                path = folder / f"{preset.rsplit('/')[-1]}-bitnet_ref-{scheme}-{head}.safetensors"
+                if not path.exists():
+                    report(f"writing {path.name}", h / len(heads))
+                    _write(serve_ours, "bitnet_ref", path, PUBLISHED[preset], scheme, head)
                 about = {"program": "bitnet_ref", "type": scheme}
-                workers.append((about, Worker(serve_ours, "bitnet_ref"), (preset, scheme, head)))
+                workers.append((about, Worker(serve_ours, "bitnet_ref"), (path, scheme, head)))
             for peer in peers:
                 for type_name in TYPES[peer]:
                     # The types that interleave rows are made at load from the plain ones.
@@ -143,11 +149,7 @@ def measure_models_beside_peers(
                     path = folder / f"{preset.rsplit('/')[-1]}-{peer}-{stored}-{head}.gguf"
                     if not path.exists():
                         report(f"writing {path.name}", h / len(heads))
-                        writer = Worker(serve_peer, peer)  # one of its own, so that no peak of memory is of writing
-                        try:
-                            writer.ask("write", path, peer, PRESETS[preset], stored, head)
-                        finally:
-                            writer.close()
+                        _write(serve_peer, peer, path, peer, PRESETS[preset], stored, head)
                     about = {"program": peer, "type": type_name}
                     workers.append((about, Worker(serve_peer, peer), (str(path), repack)))
             for j, count in enumerate(counts):
@@ -174,6 +176,15 @@ def measure_models_beside_peers(
     return {"record": header, "rows": rows}
 
 
+def _write(serve: Callable[..., None], name: str, *what: Any) -> None:
+    """Write a file in a process of its own, so that no peak of memory is of writing."""
+    writer = Worker(serve, name)
+    try:
+        writer.ask("write", *what)
+    finally:
+        writer.close()
+
+
 def _stage(
     workers: Sequence[tuple[dict[str, Any], Worker, tuple[Any, ...]]],
     head: str,
@@ -184,7 +195,7 @@ def _stage(
     preset: str,
 ) -> list[dict[str, Any]]:
     """One number of threads: everything loaded, then rounds."""
-    context = len(prompt) + len(written) + 16
+    context = len(prompt) + len(written)
     read: list[list[float]] = [[] for _ in workers]
     steps: list[list[float]] = [[] for _ in workers]
     others = []

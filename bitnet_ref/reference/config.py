@@ -16,6 +16,7 @@ from typing import Any
 __all__ = [
     "ARCHITECTURES",
     "PRESETS",
+    "PUBLISHED",
     "Llama3Scaling",
     "ModelConfig",
     "canonical_name",
@@ -627,7 +628,7 @@ def _one_bit_llm(hidden: int, ffn: int, heads: int, layers: int) -> dict[str, An
     }
 
 
-_PUBLISHED: dict[str, dict[str, Any]] = {
+PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     "microsoft/bitnet-b1.58-2B-4T": {
         "architectures": ["BitNetForCausalLM"],
         "model_type": "bitnet",
@@ -698,11 +699,12 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
         quantization_config=_BITNET_QUANTISED,
     ),
 }
+"""The computing keys of the ``config.json`` of published models, by their names on Hugging Face."""
 
 PRESETS: Mapping[str, ModelConfig] = MappingProxyType(
-    {name: ModelConfig.from_hf(config) for name, config in _PUBLISHED.items()}
+    {name: ModelConfig.from_hf(config) for name, config in PUBLISHED.items()}
 )
-"""Published models by their names on Hugging Face, each read from the computing keys of its ``config.json``.
+"""The networks of :data:`PUBLISHED`.
 
 The Llama3-8B-1.58 entry is from a copy of that file in another repository (Rushi2901/bitnet_b1_58-xl). The entry of
 1bitLLM's xl has the sizes that other programs give for it, those of the 1.3B model in [B158]'s training notes; what is

@@ -336,16 +336,16 @@ cdef class Steps:
         return x_q, x_scale
 
     def rescale(self, sums, x_scale, float w_scale):
-        """float32(sums) * (x_scale * w_scale) for int32 sums of shape (T, M); x_scale float32 of shape (T, 1)."""
-        cdef _View a = _contiguous(sums, int32, "sums", 2), s = _contiguous(x_scale, float32, "x_scale", 2)
+        """float32(sums) * (x_scale * w_scale) for int32 sums of shape (T, M), in their memory; x_scale float32 (T, 1)."""
+        cdef _View a = _View(sums, int32, "sums", 2, PyBUF_ND | PyBUF_WRITABLE)
+        cdef _View s = _contiguous(x_scale, float32, "x_scale", 2)
         cdef Py_ssize_t rows = a.size(0), m = a.size(1), t
         if s.size(0) != rows or s.size(1) != 1:
             raise ValueError(f"x_scale must have shape ({rows}, 1), got {x_scale.shape}")
-        y = np.empty((rows, m), float32)
-        cdef _View b = _View(y, float32, "y")
+        y = sums.view(float32)
         cdef const int* source = <const int*>a.buffer.buf
         cdef const float* scale = <const float*>s.buffer.buf
-        cdef float* target = <float*>b.buffer.buf
+        cdef float* target = <float*>a.buffer.buf
         if rows == 1:
             self.call.rescale(source, target, m, scale[0] * w_scale)
             return y
@@ -715,6 +715,59 @@ cdef class Steps:
         for i in prange((n + part - 1) // part, nogil=True, num_threads=self.n_threads, schedule='static'):
             self.call.activate(source + i * part, target + i * part, min(part, n - i * part), kind)
         return y
+
+    def gate_quantize(self, gate_sums, up_sums, x_scale, float gate_scale, float up_scale, str activation, weight, float eps,
+                      float offset):
+        """What the down projection of several tokens reads, of the int32 sums of gate and up; their memory is used up.
+
+        ``quantize(rms_norm(activate(gate) * up, weight))``, without the norm if weight is None, where gate and up are the
+        rescaled sums.
+
+        Parameters
+        ----------
+        gate_sums, up_sums : int32 (T, M), C-contiguous
+            Overwritten.
+        x_scale : float32 (T, 1)
+            Of the tokens that gate and up were multiplied with.
+        gate_scale, up_scale : float
+        activation : str
+        weight : float32 (M,) or None
+
+        Returns
+        -------
+        int8 (T, M) and float32 (T, 1)
+        """
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be relu2, silu or gelu_tanh, got {activation!r}")
+        cdef int kind = ACTIVATIONS[activation], bad = 0
+        cdef _View a = _View(gate_sums, int32, "gate_sums", 2, PyBUF_ND | PyBUF_WRITABLE)
+        cdef _View b = _View(up_sums, int32, "up_sums", 2, PyBUF_ND | PyBUF_WRITABLE)
+        cdef _View s = _contiguous(x_scale, float32, "x_scale", 2)
+        cdef Py_ssize_t rows = a.size(0), m = a.size(1), t
+        if b.size(0) != rows or b.size(1) != m or s.size(0) != rows or s.size(1) != 1:
+            raise ValueError(f"up_sums must have shape ({rows}, {m}) and x_scale ({rows}, 1), got {up_sums.shape} and "
+                             f"{x_scale.shape}")
+        held = []
+        cdef const float* norm = NULL if weight is None else self._vector(held, weight, "weight", m)
+        x_q, out_scale = np.empty((rows, m), int8), np.empty((rows, 1), float32)
+        cdef _View q = _View(x_q, int8, "x_q"), o = _View(out_scale, float32, "x_scale")
+        cdef int* gate = <int*>a.buffer.buf
+        cdef int* up = <int*>b.buffer.buf
+        cdef const float* scale = <const float*>s.buffer.buf
+        cdef signed char* target = <signed char*>q.buffer.buf
+        cdef float* target_scale = <float*>o.buffer.buf
+        for t in prange(rows, nogil=True, num_threads=self.n_threads, schedule='static'):
+            bad += not self._gate_row(gate + t * m, up + t * m, scale[t] * gate_scale, scale[t] * up_scale, kind, norm,
+                                      target + t * m, target_scale + t, m, eps, offset)
+        if bad:
+            raise ValueError("x must be finite in float32, got NaN or infinity")
+        return x_q, out_scale
+
+    cdef int _gate_row(self, int* gate, int* up, float gate_scale, float up_scale, int kind, const float* norm,
+                       signed char* x_q, float* x_scale, Py_ssize_t m, float eps, float offset) noexcept nogil:
+        cdef int x_sum
+        self.call.gate(gate, up, <float*>gate, m, gate_scale, up_scale, kind)
+        return self.call.norm_quantize(<float*>gate, norm, <float*>up, x_q, x_scale, &x_sum, m, eps, offset)
 
     cdef void _attend_one(self, const float* q, Py_ssize_t heads, const char* k, Py_ssize_t k_token, const char* v,
                           Py_ssize_t v_token, Py_ssize_t n, Py_ssize_t seen, Py_ssize_t d, int half, float scale,

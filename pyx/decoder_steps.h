@@ -304,7 +304,7 @@ static void step_activate(const float *x, float *y, ptrdiff_t n, int kind) {
         for (ptrdiff_t i = 0; i < n; i++) y[i] = gated(x[i], 1);
 }
 
-/* activation(gate) * up */
+/* activation(gate) * up; y may lie where gate does. */
 static void step_gate(const int32_t *gate, const int32_t *up, float *y, ptrdiff_t m, float gate_scale, float up_scale,
                       int kind) {
     float part[256];

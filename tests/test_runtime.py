@@ -29,6 +29,7 @@ from bitnet_ref.reference.mlp import activate
 from bitnet_ref.reference.model import (
     Block,
     Steps,
+    feed_forward,
     forward,
     generate_greedy,
     linear,
@@ -40,8 +41,8 @@ from bitnet_ref.reference.norm import rms_norm
 from bitnet_ref.reference.packing import pack, schemes
 from bitnet_ref.reference.quantize import quantize_activations
 from bitnet_ref.reference.rope import frequencies, rotate, rotations
-from bitnet_ref.runtime import pages
 from bitnet_ref.runtime.model import HEADS, PREFILL_TOKENS, BatchCache, Model
+from bitnet_ref.runtime.pages import HugePages
 from bitnet_ref.runtime.perplexity import perplexity
 from bitnet_ref.runtime.sampling import Sampler, log_softmax
 from bitnet_ref.runtime.steps import TernaryLayer, compiled_steps, load_steps, make_table, step_isas
@@ -417,6 +418,33 @@ def test_fused_steps_equal_the_reference(isa, n_threads, scheme):
         ops.feed_forward(x, weight, None, 1e-5, 0.0, gate, down, up, "relu2")
 
 
+@every_isa
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_the_gate_of_several_tokens_equals_the_reference(isa, n_threads):
+    """Rows longer than the pieces of the loop, in the memory of their sums."""
+    ops, rng = load_steps(n_threads, isa), np.random.default_rng(3)
+    x_scale, weight = (rng.random((5, 1)) + 0.5).astype(np.float32), normal(700, seed=1)
+    drawn = rng.integers(-9000, 9000, (2, 5, 700), dtype=np.int32)
+    floats = [sums.astype(np.float32) * (x_scale * np.float32(s)) for sums, s in zip(drawn, (0.01, 0.002), strict=True)]
+    for activation in ("relu2", "silu"):
+        for norm in (weight, None):
+            a = activate(floats[0], activation) * floats[1]
+            expected = quantize_activations(a if norm is None else rms_norm(a, norm, 1e-5, 0.5))
+            gate, up = (sums.copy() for sums in drawn)
+            got = ops.gate_quantize(gate, up, x_scale, 0.01, 0.002, activation, norm, 1e-5, 0.5)
+            for mine, other in zip(got, expected, strict=True):
+                np.testing.assert_array_equal(mine, other)
+    gate, up = (sums.copy() for sums in drawn)
+    with pytest.raises(ValueError, match="up_sums must have shape"):
+        ops.gate_quantize(gate, up[:, 1:].copy(), x_scale, 0.01, 0.002, "relu2", None, 1e-5, 0.0)
+    with pytest.raises(ValueError, match="activation must be"):
+        ops.gate_quantize(gate, up, x_scale, 0.01, 0.002, "gelu", None, 1e-5, 0.0)
+    with pytest.raises(ValueError, match="weight must have shape"):
+        ops.gate_quantize(gate, up, x_scale, 0.01, 0.002, "relu2", weight[1:], 1e-5, 0.0)
+    with pytest.raises(ValueError, match="x must be finite"):
+        ops.gate_quantize(gate, up, x_scale, np.inf, 0.002, "relu2", weight, 1e-5, 0.0)
+
+
 FUSED = {
     "bitnet": BITNET,
     "swiglu": SWIGLU,
@@ -461,6 +489,20 @@ def test_fused_attention_equals_the_reference(isa, n_threads, config, dtype):
         np.testing.assert_array_equal(got, expected)
         for mine, other in zip(*(cache.room(0, 1) for cache in caches), strict=True):
             np.testing.assert_array_equal(mine, other)
+
+
+@every_isa
+@pytest.mark.parametrize("scheme", schemes())
+@pytest.mark.parametrize("config", FUSED.values(), ids=FUSED)
+def test_the_feed_forward_network_of_several_tokens_equals_the_reference(isa, config, scheme):
+    ops = load_steps(2, isa)
+    weights, compiled = block_pair(config, ops, scheme)
+    x = normal(5, config.hidden, scale=2)
+    kept = x.copy()
+    expected = feed_forward(Block(config, weights, 0, linear, Steps(), None), x)
+    got = compiled_steps(ops).feed_forward(Block(config, compiled, 0, never, Steps(), None), x)
+    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(x, kept)
 
 
 def test_a_batch_of_one_is_that_sequence():
@@ -546,7 +588,23 @@ def test_a_cache_grows_with_its_tokens():
             np.testing.assert_array_equal(keys, k[:end])
             np.testing.assert_array_equal(values, -k[:end])
         cache.advance(end - start)
-    assert cache._keys.nbytes <= 2 * 2 * k.nbytes  # two layers, at most twice the tokens
+    assert cache._keys.nbytes == 2 * k.nbytes  # two layers
+    cache.store(0, k[:1], k[:1])
+    assert cache._keys.nbytes == 2 * k.nbytes * 5 // 4
+
+
+def test_a_cache_reserves_what_is_asked_for():
+    """Up to its capacity, which it takes as soon as no other growth would follow."""
+    cache = KVCache(dataclasses.replace(BITNET, context=1000))
+    k = normal(100, 2, 14)
+    cache.store(0, k, -k)
+    cache.advance(100)
+    for asked, expected in ((90, 128), (300, 300), (310, 375), (700, 700), (800, 1000), (5000, 1000)):
+        cache.reserve(asked)
+        assert cache._keys.shape[1] == cache._values.shape[1] == expected
+    keys, values = cache.room(0, 0)
+    np.testing.assert_array_equal(keys, k)
+    np.testing.assert_array_equal(values, -k)
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
@@ -594,7 +652,7 @@ def test_a_prompt_in_pieces_gives_the_same_bits(config, cache):
         held = model.new_cache(len(tokens))
         pieces = [model.forward(piece, held) for piece in np.split(tokens, cuts)]
         np.testing.assert_array_equal(np.concatenate(pieces), whole)
-    for n in (1, 20, 21, 150):
+    for n in (1, 20, 21, PREFILL_TOKENS + 5):
         np.testing.assert_array_equal(model.prefill(tokens, model.new_cache(len(tokens)), n), whole[-n:])
 
 
@@ -681,26 +739,31 @@ def test_random_model():
     assert model.cache_bytes_per_token() == 2 * 2 * 2 * 14 * 4
 
 
-def test_matrices_are_packed_side_by_side_on_huge_pages(monkeypatch):
-    """Each begins a cache line behind the one before, the first of an array a huge page; they stay what they were."""
-    for piece in (pages.PIECE, 1):  # all in one array; an array for each
-        monkeypatch.setattr(pages, "PIECE", piece)
-        model = Model.random(BITNET)
-        layers = [model.weights[name].w_packed for name in BITNET.linear_shapes()]
-        begins = [layer.data.ctypes.data for layer in layers]
-        if piece == 1:
-            assert all(begin % (1 << 21) == 0 for begin in begins)
-        else:
-            assert begins[0] % (1 << 21) == 0
-            sizes = [-(-layer.nbytes // 64) * 64 for layer in layers]
-            assert np.diff(begins).tolist() == sizes[:-1]
-        rng = np.random.default_rng(0)
-        rng.standard_normal((203, 96), np.float32)
-        for name, shape in BITNET.linear_shapes().items():
-            layer = model.weights[name].w_packed
-            np.testing.assert_array_equal(layer.unpack(), rng.integers(-1, 2, shape, np.int8))
-            with pytest.raises(ValueError, match="read-only"):
-                layer.data[0, 0] = 0
+def test_matrices_are_packed_side_by_side_on_huge_pages():
+    """Each begins a cache line behind the one before, the first a huge page; they stay what they were."""
+    model = Model.random(BITNET)
+    layers = [model.weights[name].w_packed for name in BITNET.linear_shapes()]
+    begins = [layer.data.ctypes.data for layer in layers]
+    assert begins[0] % (1 << 21) == 0
+    sizes = [-(-layer.nbytes // 64) * 64 for layer in layers]
+    assert np.diff(begins).tolist() == sizes[:-1]
+    rng = np.random.default_rng(0)
+    rng.standard_normal((203, 96), np.float32)
+    for name, shape in BITNET.linear_shapes().items():
+        layer = model.weights[name].w_packed
+        np.testing.assert_array_equal(layer.unpack(), rng.integers(-1, 2, shape, np.int8))
+        with pytest.raises(ValueError, match="read-only"):
+            layer.data[0, 0] = 0
+
+
+def test_a_matrix_that_was_not_planned_gets_an_array_of_its_own():
+    packed = pack(np.random.default_rng(0).integers(-1, 2, (96, 160), np.int8), "base3")
+    pages = HugePages("base3", [packed.shape] * 2)
+    placed = [pages.place(packed) for _ in range(4)]
+    begins = [matrix.data.ctypes.data for matrix in placed]
+    assert [begin % (1 << 21) == 0 for begin in begins] == [True, False, True, True]
+    for matrix in placed:
+        np.testing.assert_array_equal(matrix.unpack(), packed.unpack())
 
 
 def test_with_threads_shares_weights():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from bitnet_ref.commands.bench import bench
 from bitnet_ref.commands.model import COMMANDS, packaged_model
 from bitnet_ref.errors import FormatError
-from bitnet_ref.formats import convert
+from bitnet_ref.formats import convert, open_checkpoint
 from bitnet_ref.kernels import ISAS
-from bitnet_ref.reference.config import ModelConfig
-from bitnet_ref.reference.head import FloatTable
+from bitnet_ref.measure.random_file import write_random_model
+from bitnet_ref.reference.config import PUBLISHED, ModelConfig
+from bitnet_ref.reference.head import FloatTable, GroupedTable
 from bitnet_ref.reference.model import forward, random_weights, ternary_weights
 from bitnet_ref.runtime import sparse
 from bitnet_ref.runtime.generate import generate
@@ -120,6 +122,37 @@ def test_a_head_of_floats_is_mapped(folder, tmp_path, head):
     model = load(path, head=head)
     found = model.table.raw if isinstance(model.table, FloatTable) else model.table.data
     assert mapped(found) == (head != "q8_0")
+
+
+@pytest.mark.parametrize("stored", ["bf16", "q8_0", "q6_k"])
+def test_an_embedding_of_the_type_of_the_head_is_the_head(folder, tmp_path, stored):
+    """One table in memory, not the file's pages beside it; and the rows that the file has."""
+    path = tmp_path / "model.safetensors"
+    convert(folder, path, "packed", embedding=stored)
+    model = load(path, head=stored)
+    table = model.weights["model.embed_tokens.weight"]
+    assert table is model.table and isinstance(table, FloatTable if stored == "bf16" else GroupedTable)
+    kept = open_checkpoint(path)["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(table[np.arange(262)], kept.to_float32())
+
+
+@pytest.mark.parametrize("scheme", ["base3", "i2"])
+@pytest.mark.parametrize("head", ["f16", "q6_k"])
+def test_a_random_file_is_the_network_of_its_config(tmp_path, scheme, head):
+    published = dict(PUBLISHED["microsoft/bitnet-b1.58-2B-4T"]) | {"num_hidden_layers": 2, "vocab_size": 1500}
+    published |= {"hidden_size": 256, "intermediate_size": 320, "num_attention_heads": 4, "num_key_value_heads": 2}
+    path = tmp_path / "model.safetensors"
+    write_random_model(path, published, scheme, head)
+    assert os.listdir(tmp_path) == [path.name]
+    model = load(path, scheme, head)
+    assert model.config == ModelConfig.from_hf(published)
+    packed = {layer.w_packed.shape: layer.w_packed for layer in model.weights.values() if hasattr(layer, "w_packed")}
+    assert all(w.scheme == scheme and set(np.unique(w.unpack())) == {-1, 0, 1} for w in packed.values())
+    rows = model.table[np.arange(1500)]
+    np.testing.assert_array_equal(rows[1024:], rows[: 1500 - 1024])  # what is drawn is repeated
+    assert rows.std() == pytest.approx(256**-0.5, rel=0.05)
+    tokens = [1, 1499, 3]
+    np.testing.assert_array_equal(model.logits(tokens), model.reference_logits(tokens))
 
 
 def test_the_embedding_stays_what_the_file_holds(folder, reference):

@@ -60,7 +60,7 @@ def measure_models(
     rows = []
     for i, scheme in enumerate(packings):
         packed = {shape: pack(w_q, scheme) for shape, w_q in drawn.items()}
-        pages = HugePages()
+        pages = HugePages(scheme, config.linear_shapes().values())
         layers = {
             name: (pages.place(packed[shape]), np.float32((1.5 / shape[1]) ** 0.5))
             for name, shape in config.linear_shapes().items()

@@ -57,12 +57,18 @@ class KVCache:
         self.capacity = capacity
         self.length = 0
 
-    def _reserve(self, n: int) -> None:
-        """Make room for n tokens. Memory grows with them, as a system may give out large pages, one for each head."""
+    def reserve(self, n: int) -> None:
+        """Make room for n tokens in all, as far as the capacity goes; a cache without room makes some by itself.
+
+        Memory grows with the tokens, as a system may give out large pages, one for each head. Who knows how many come
+        reserves them, since old and new memory exist together for a moment; otherwise it grows by a quarter.
+        """
         held = self._keys.shape[1]
-        if n <= held:
+        if min(n, self.capacity) <= held:
             return
-        n = min(self.capacity, max(n, 2 * held))
+        n = max(n, held + held // 4)
+        if n + n // 4 >= self.capacity:  # this time is the last
+            n = self.capacity
         layers, _, kv, d = self._keys.shape
         for name in ("_keys", "_values"):
             old = getattr(self, name)
@@ -100,7 +106,7 @@ class KVCache:
         end = self.length + t
         if end > self.capacity:
             raise ValueError(f"the cache holds at most {self.capacity} tokens, got {end}")
-        self._reserve(end)
+        self.reserve(end)
         return self._keys[layer, :end], self._values[layer, :end]
 
     def store(self, layer: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -20,6 +20,7 @@ sixteen, see :func:`group_rows`.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -209,6 +210,7 @@ def stored_rows(data: np.ndarray, type_name: str, rows: np.ndarray) -> np.ndarra
     return out.reshape(len(rows), -1)
 
 
+@functools.cache  # a step of decoding would notice
 def _parts(type_name: str) -> tuple[tuple[np.ndarray, int], ...]:
     """Pieces of a block that a group has together of all its rows, in its order: their first bytes and their size."""
     if type_name != "Q6_K":

@@ -178,7 +178,9 @@ def feed_forward(block: Block, x: np.ndarray) -> np.ndarray:
     a = block.norm(x, "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm", "ffn_norm")
     gate, up = block.project(a, "mlp.gate_proj"), block.project(a, "mlp.up_proj")  # (T, ffn) each
     a = block.note("activation", block.steps.activate(gate, config.activation))
+    del gate  # these are the largest arrays of a prompt
     a = block.note("gated", a * up)  # (T, ffn)
+    del up
     if config.sub_norm:
         a = block.norm(a, "mlp.ffn_sub_norm", "ffn_sub_norm")
     a = block.project(a, "mlp.down_proj")  # (T, hidden)
@@ -274,7 +276,8 @@ def forward(
     turns = _turns(config, positions)
     for i in range(config.layers):
         block = Block(config, weights, i, linear, steps, trace)
-        x = steps.feed_forward(block, steps.self_attention(block, x, turns[config.window(i) is not None], cache))
+        x = steps.self_attention(block, x, turns[config.window(i) is not None], cache)
+        x = steps.feed_forward(block, x)
     cache.advance(t)
     x = steps.rms_norm(x, weights["model.norm.weight"], config.norm_eps, config.norm_offset)
     note("final_norm", x)

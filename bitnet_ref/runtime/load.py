@@ -46,8 +46,8 @@ def load(
     scheme : str
         Packing of the ternary matrices. A packed file of that scheme is copied as it is.
     head : {"f32", "f16", "bf16", "q8_0", "q6_k", "q4_0"}
-        How the output head is stored in memory. A float type is mapped if the file has it so; the embedding is always
-        read from the file, row by row.
+        How the output head is stored in memory. A float type is mapped if the file has it so. A tied embedding is the
+        same table if the file has it in that type; otherwise rows of the embedding are read from the file.
     n_threads : int, optional
         None: all processors that the process may use.
     cache : {"f32", "f16"}
@@ -82,7 +82,7 @@ def load(
     if sparse:
         check_sparse(config)
     weights: dict[str, Any] = {}
-    pages = HugePages()
+    pages = HugePages(scheme, config.linear_shapes().values())
     for done, entry in enumerate(checkpoint.entries.values(), 1):
         name, tensor = canonical_name(entry.name), entry.load()
         if isinstance(tensor, TernaryTensor):
@@ -113,8 +113,14 @@ def _floats(path: Any, tensor: FloatTensor, must_be_ternary: bool) -> np.ndarray
 
 
 def _embedding(tensor: FloatTensor, stored: str, tied: bool) -> FloatTable | GroupedTable | TiedTable:
-    """The embedding as the file has it, mapped, and the head beside it if they are one tensor."""
+    """The embedding as the file has it, and the head beside it if they are one tensor.
+
+    One table if the head has the type of the file. Else the embedding is mapped: a page of the file becomes resident
+    with its neighbours when a row in it is read, which for some hundred tokens may be all of them.
+    """
     head = _table(tensor, stored) if tied else None
+    if head is not None and tensor.type == stored:
+        return head
     if tensor.type in TABLE_TYPES:
         embedding = FloatTable(tensor.raw(), tensor.type, tensor.shape[-1])
     else:

@@ -16,7 +16,7 @@ from bitnet_ref.reference.attention import KVCache
 from bitnet_ref.reference.config import ModelConfig
 from bitnet_ref.reference.head import GROUP_ROWS, TABLE_TYPES, FloatTable, GroupedTable
 from bitnet_ref.reference.model import Steps, forward
-from bitnet_ref.reference.packing import PackedTernary, get_scheme, pack
+from bitnet_ref.reference.packing import PackedTernary, pack
 from bitnet_ref.runtime.pages import HugePages
 from bitnet_ref.runtime.sparse import check_sparse, listed_rows
 from bitnet_ref.runtime.steps import (
@@ -36,7 +36,7 @@ __all__ = ["HEADS", "BatchCache", "Model", "head_type"]
 HEADS = {name: stored for name, stored in FLOAT_TYPES.items() if stored in TABLE_TYPES}
 """Types of the head, by their names as arguments: f32, f16, bf16, q8_0, q6_k, q4_0."""
 
-PREFILL_TOKENS = 256
+PREFILL_TOKENS = 128
 """Tokens that are processed together in a long prompt: enough that the weights are read seldom, and little memory."""
 
 Wrap = Callable[[str, Callable[..., Any]], Callable[..., Any]]
@@ -170,9 +170,8 @@ class Model:
         **options
             Of :class:`Model`.
         """
-        get_scheme(scheme)
         prepared: dict[str, Any] = {}
-        pages = HugePages()
+        pages = HugePages(scheme, config.linear_shapes().values())
         for name, weight in weights.items():
             if isinstance(weight, tuple) and not isinstance(weight[0], PackedTernary):
                 weight = (pages.place(pack(weight[0], scheme)), weight[1])
@@ -215,9 +214,8 @@ class Model:
         if gate_zeros is not None and not 0.5 <= gate_zeros <= 1:
             raise ValueError(f"gate_zeros must lie between 0.5 and 1, got {gate_zeros}")
         stored, rng = head_type(head), np.random.default_rng(seed)
-        get_scheme(scheme)
         weights: dict[str, Any] = {}
-        pages = HugePages()
+        pages = HugePages(scheme, config.linear_shapes().values())
         for name, shape in config.tensor_shapes().items():
             if len(shape) == 1:
                 weights[name] = np.full(shape, 0 if name.endswith(".bias") else 1 - config.norm_offset, np.float32)
@@ -326,6 +324,7 @@ class Model:
         tokens = np.asarray(tokens)
         if not 1 <= n_logits <= max(1, len(tokens)):
             raise ValueError(f"n_logits must lie between 1 and the number of tokens, {len(tokens)}, got {n_logits}")
+        cache.reserve(cache.length + len(tokens))
         wanted = []
         first_wanted = len(tokens) - n_logits
         for start in range(0, max(1, len(tokens)), PREFILL_TOKENS):

@@ -131,13 +131,25 @@ def compiled_steps(ops: CompiledSteps, listed: Mapping[int, ListedRows] | None =
 
     def feed_forward(block: Block, x: np.ndarray) -> np.ndarray:
         config = block.config
-        found = () if config.post_norms else matrices(block, x, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-        if not found:
+        names = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+        layers = [block.weight(name) for name in names]
+        if config.post_norms or block.trace is not None or not all(isinstance(w, TernaryLayer) for w in layers):
             return network.feed_forward(block, x)
         weight = block.weight("post_attention_layernorm")
         inner = block.weight("mlp.ffn_sub_norm") if config.sub_norm else None
-        rows = None if listed is None else listed[block.index]
-        return ops.feed_forward(x, weight, inner, config.norm_eps, config.norm_offset, *found, config.activation, rows)
+        found = matrices(block, x, *names)
+        if found:
+            rows = None if listed is None else listed[block.index]
+            return ops.feed_forward(
+                x, weight, inner, config.norm_eps, config.norm_offset, *found, config.activation, rows
+            )
+        gate, up, down = layers
+        x_q, x_scale = ops.quantize(ops.rms_norm(x, weight, config.norm_eps, config.norm_offset))
+        x_q, x_scale = ops.gate_quantize(
+            gate.sums(x_q), up.sums(x_q), x_scale, gate.w_scale, up.w_scale, config.activation, inner,
+            config.norm_eps, config.norm_offset,
+        )  # fmt: skip
+        return x + ops.rescale(down.sums(x_q), x_scale, down.w_scale)
 
     return Steps(
         rms_norm=ops.rms_norm,
@@ -278,8 +290,11 @@ class TernaryLayer:
             If x has another shape or is not finite.
         """
         x_q, x_scale = self._ops.quantize(x)
-        product = self._products[kernels.op_for(self.w_packed.scheme, len(x_q))]
-        return self._ops.rescale(product(x_q), x_scale, self.w_scale)
+        return self._ops.rescale(self.sums(x_q), x_scale, self.w_scale)
+
+    def sums(self, x_q: np.ndarray) -> np.ndarray:
+        """The exact product of x_q of shape (T, K), int8, with the ternary matrix: (T, M), int32."""
+        return self._products[kernels.op_for(self.w_packed.scheme, len(x_q))](x_q)
 
 
 def _product(

@@ -103,8 +103,14 @@ def test_tables_by_hand(tmp_path):
     for seed, value in ((0, 0.70), (1, 0.74)):
         write(tmp_path, "direct", seed, 0.6)
         write(tmp_path, "bitdistill", seed, value)
+    # Of the baseline there is one seed less than of this student: (78 - 60) / (80 - 60).
+    for seed, value in ((0, 0.78), (2, 0.77)):
+        write(tmp_path, "blocks-distill", seed, value)
     document = results.write_tables(tmp_path)
     assert document["tables"]["gap"]["recovered"] == pytest.approx(0.6)
+    other = document["tables"]["gap_blocks"]
+    assert other["recovered"] == pytest.approx(0.9) and other["seeds_of_direct"] == [0]
+    assert other["to_teacher"]["values"] == pytest.approx([0.02, 0.03]) and other["over_direct"]["n"] == 1
     rows = {row["stage"]: row["accuracy"] for row in document["tables"]["models"]["rows"]}
     assert rows["teacher"] == {"mean": 0.8, "sd": None, "n": 1, "values": [0.8]}
     assert rows["bitdistill"]["mean"] == pytest.approx(0.72)
@@ -112,6 +118,8 @@ def test_tables_by_hand(tmp_path):
     text = (tmp_path / "tables.md").read_text(encoding="utf-8")
     assert "| BitDistill | 72.00 ± 2.83 | 2 |" in text and "| full precision, fine-tuned | 80.00 | 1 |" in text
     assert "is 8.00 ± 2.83 below its teacher and wins back 60%" in text
+    assert "student of blocks is 2.50 ± 0.71 below its teacher and wins back 90% of" in text
+    assert "loses (seeds 0) (accuracy; mean, ± standard deviation over 2 seeds)" in text
     assert "losses" not in document["tables"]  # one of four rows is no table
     assert json.loads((tmp_path / "tables.json").read_text(encoding="utf-8")) == document
     shown = CliRunner().invoke(main, ["distill", "table", str(tmp_path)])

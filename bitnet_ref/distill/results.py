@@ -45,6 +45,9 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
 }
 """Key -> caption, and stage -> its name in the table."""
 
+_GAPS = {"gap": ("bitdistill", "BitDistill"), "gap_blocks": ("blocks-distill", "The student of blocks")}
+"""Key -> the student that is set between teacher and baseline, and its name in a sentence."""
+
 
 def collect(out: str | Path) -> list[dict[str, Any]]:
     """All finished stages of a run.
@@ -103,7 +106,8 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     dict
         Key of :data:`TABLES` -> ``caption`` and ``rows``, each with ``stage``, ``name`` and a summary for every figure.
         ``gap`` has, where all three models are there, ``to_teacher`` (teacher minus BitDistill, by seed) and
-        ``recovered`` (the share of teacher minus direct that BitDistill wins back; of the means).
+        ``recovered`` (the share of teacher minus direct that BitDistill wins back; of the means over
+        ``seeds_of_direct``, which both have); ``gap_blocks`` the same of blocks-distill.
     """
     figures: dict[str, dict[str, dict[int, float]]] = {}
     for row in rows:
@@ -120,19 +124,24 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         ]
         if len(lines) > 1:
             made[key] = {"caption": caption, "rows": lines}
-    if all(stage in figures for stage in ("teacher", "direct", "bitdistill")):
+    for key, (student, _) in _GAPS.items():
+        if not all(stage in figures for stage in ("teacher", "direct", student)):
+            continue
         figure = "accuracy" if "accuracy" in figures["teacher"] else "average"
-        teacher, direct, ours = (figures[stage][figure] for stage in ("teacher", "direct", "bitdistill"))
+        teacher, direct, ours = (figures[stage][figure] for stage in ("teacher", "direct", student))
         seeds = sorted(set(direct) & set(ours))
+        if not seeds:
+            continue
         # One teacher may serve all seeds.
-        of = {s: teacher.get(s, next(iter(teacher.values()))) for s in seeds}
+        of = {s: teacher.get(s, next(iter(teacher.values()))) for s in sorted(ours)}
         gap = math.fsum(of[s] - direct[s] for s in seeds)
         won = math.fsum(ours[s] - direct[s] for s in seeds)
-        made["gap"] = {
+        made[key] = {
             "figure": figure,
-            "to_teacher": summary([of[s] - ours[s] for s in seeds]),
+            "to_teacher": summary([of[s] - ours[s] for s in of]),
             "over_direct": summary([ours[s] - direct[s] for s in seeds]),
             "recovered": won / gap if gap > 0 else None,
+            "seeds_of_direct": seeds,
         }
     return made
 
@@ -151,11 +160,15 @@ def markdown(made: Mapping[str, Any]) -> str:
             cells = [_cell(figure, row[figure]) for figure in figures]
             lines.append("| " + " | ".join([row["name"], *cells, str(row[figures[0]]["n"])]) + " |")
         parts.append("\n".join(lines))
-    if "gap" in made:
-        gap = made["gap"]
-        text = f"BitDistill is {_cell(gap['figure'], gap['to_teacher'])} below its teacher"
+    for key, (_, name) in _GAPS.items():
+        if key not in made:
+            continue
+        gap = made[key]
+        text = f"{name} is {_cell(gap['figure'], gap['to_teacher'])} below its teacher"
         if gap["recovered"] is not None:
             text += f" and wins back {gap['recovered']:.0%} of what direct ternarisation loses"
+            if len(gap["seeds_of_direct"]) < gap["to_teacher"]["n"]:
+                text += f" (seeds {', '.join(map(str, gap['seeds_of_direct']))})"
         parts.append(f"{text} ({gap['figure']}; mean, ± standard deviation over {gap['to_teacher']['n']} seeds).")
     return "\n\n".join(parts) + "\n"
 

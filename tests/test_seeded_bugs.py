@@ -335,6 +335,18 @@ IN_KERNELS = {
         {"all weights 1, all activations 127", "all weights 1, all activations -128"},
         {"dense random"},
     ),
+    "int16 overflow of rows that are solved for": (
+        "gemv_i8_base3_5x64__avx2",
+        [("interleaved_rows.pyx.j2", "namespace(largest=2)", "namespace(largest=1)")],
+        {"long rows, worst case"},
+        {"dense random"},
+    ),
+    "strips wider than their parts": (
+        "gemm_i8_base3_5x64__avx2",
+        [("strip_rows.pyx.j2", "isa.PART_LIMIT // 4 * isa.VB", "isa.PART_LIMIT * isa.VB")],
+        {"all weights 1, all activations 127"},
+        {"dense random"},
+    ),
     "int16 overflow of table sums": (
         "gemv_i8_tl2_64x24__avx2",
         [("lookup_rows.pyx.j2", "min(b + 10, n_blocks)", "min(b + 100, n_blocks)")],

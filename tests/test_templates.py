@@ -341,25 +341,48 @@ def test_whole_vectors_fit_blocks_and_tiles(isa):
 def test_sums_fit_their_lanes(isa, places):
     """The bounds of the comments, computed: codes up to 2 at their places, activations from -128 to 127."""
     module = isa_module(isa)
+    solved = all(row[-1] % 2 for row in module[places])  # modulo 2^16: only the codes must fit, see interleaved_rows
     for largest in (2 * sum(row) for row in module[places]):
         assert largest <= 255  # codes at their places are still a byte
         assert largest * 128 * kernels.SEGMENT_COLUMNS < 2**31
         if module["PART_LIMIT"]:
+            assert 2 * largest * 127 <= 2**15 - 1 and 2 * largest * 128 <= 2**15  # one instruction saturates
+            largest = 2 if solved else largest
             steps = module["PART_LIMIT"] // largest
             assert steps * module["VB"] >= 128  # two blocks of 64 columns are taken at least before widening
             assert steps * 2 * largest * 127 <= 2**15 - 1 and steps * 2 * largest * 128 <= 2**15  # two products a lane
 
 
-def test_parts_are_widened_in_time():
-    """What the template makes of those bounds: the vectors between two widenings of base3's rows, by avx2."""
-    text = source(KernelName("gemv_i8_base3_5x64__avx2"))
-    assert re.search(r"stop = min\(j \+ (\d+), n_columns\)", text)[1] == str(16 * 32)
+@pytest.mark.parametrize(("kernel", "vectors"), [("gemv_i8_base3_5x64", 64), ("gemv_i8_i2_4x64", 16)])
+def test_parts_are_widened_in_time(kernel, vectors):
+    """What the template makes of those bounds: the vectors between two widenings, by avx2."""
+    text = source(KernelName(kernel + "__avx2"))
+    assert re.search(r"stop = min\(j \+ (\d+), n_columns\)", text)[1] == str(vectors * 32)
+    rows = "".join(map(str, range(KernelName(kernel + "__avx2").rows)))
     outer, inner = text.split("    while j < n_columns:", 1)[1].split("        while j < stop:", 1)
-    inner, after = inner.split("            acc4_0 = ", 1)
-    assert re.findall(r"part(\d)_0 = _mm256_setzero", outer) == list("0123")
-    assert re.findall(r"part(\d)_0 = _mm256_setzero", inner) == ["4"]
-    assert inner.count("codes = ") == 4 and "while" not in inner
-    assert re.findall(r"acc(\d)_0 = _mm256_add_epi32", after) == list("0123")
+    inner, after = inner.split("            j += 64\n", 1)
+    assert re.findall(r"part(\d)_0 = _mm256_setzero", outer) == list(rows)
+    assert inner.count("codes = ") == 2 and "while" not in inner and "acc" not in inner
+    assert re.findall(r"acc(\d)_0 = _mm256_add_epi32", after) == list(rows)
+
+
+def test_strips_fit_their_parts():
+    """strip_rows: 32 vectors of isolated codes, or of codes that are solved for."""
+    for scheme in ("base3_5x64", "i2_4x64"):
+        columns = {int(n) for n in re.findall(r"n_columns - column, (\d+)\)", source(KernelName(f"gemm_i8_{scheme}__avx2")))}
+        assert columns == {512, 1024}  # a panel, a strip
+        assert 1024 // 32 * 2 * 2 * 128 <= 2**15
+
+
+def test_ninths_of_all_pairs_of_bytes():
+    """trits() of avx2: one constant divides the low byte of a word, alone, and the high byte, whatever the low one is."""
+    text = source(KernelName("gemv_i8_base3_5x64__avx2"))
+    constants = {int(c) for c in re.findall(r"_mm256_set1_epi16\((\d{4})\)", text)}
+    assert len(constants) == 1
+    (constant,) = constants
+    low, high = np.meshgrid(np.arange(243), np.arange(243))
+    assert ((low * constant >> 16) == low // 9).all()
+    assert ((high * 256 + low) * constant >> 24 == high // 9).all()
 
 
 @every_isa

@@ -369,13 +369,15 @@ def test_parts_are_widened_in_time(kernel, vectors):
 def test_strips_fit_their_parts():
     """strip_rows: 32 vectors of isolated codes, or of codes that are solved for."""
     for scheme in ("base3_5x64", "i2_4x64"):
-        columns = {int(n) for n in re.findall(r"n_columns - column, (\d+)\)", source(KernelName(f"gemm_i8_{scheme}__avx2")))}
+        columns = {
+            int(n) for n in re.findall(r"n_columns - column, (\d+)\)", source(KernelName(f"gemm_i8_{scheme}__avx2")))
+        }
         assert columns == {512, 1024}  # a panel, a strip
         assert 1024 // 32 * 2 * 2 * 128 <= 2**15
 
 
 def test_ninths_of_all_pairs_of_bytes():
-    """trits() of avx2: one constant divides the low byte of a word, alone, and the high byte, whatever the low one is."""
+    """trits() of avx2: one constant divides the low byte of a word alone, and the high one beside any other."""
     text = source(KernelName("gemv_i8_base3_5x64__avx2"))
     constants = {int(c) for c in re.findall(r"_mm256_set1_epi16\((\d{4})\)", text)}
     assert len(constants) == 1

@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch", reason="training needs the extra [distill]:
 pytest.importorskip("transformers", reason="training needs the extra [distill]: no transformers here")
 
 import test_distill_student as students  # noqa: E402
+from test_distill_trainer import one_thread  # noqa: E402, F401  (used by every test)
 
 from bitnet_ref.distill import blocks, student, trainer  # noqa: E402
 from bitnet_ref.distill.config import Blocks, parse_config  # noqa: E402
@@ -57,15 +58,6 @@ def curves(folder):
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         found.append([row["loss"] for row in lines if "loss" in row])
     return found
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-    torch.set_flush_denormal(False)
 
 
 @pytest.mark.parametrize("kind", students.KINDS)

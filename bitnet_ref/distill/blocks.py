@@ -13,7 +13,7 @@ of EfficientQAT (arXiv 2407.11062). It is this project's addition to [BitDistill
 from __future__ import annotations
 
 import copy
-import shutil
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -199,7 +199,7 @@ def train_blocks(
     Raises
     ------
     ValueError
-        If the models do not fit, there are too few batches, or several processes would share out a block.
+        If the models do not fit, there are too few batches, or blocks would be sharded (FSDP).
     Diverged
         See :func:`bitnet_ref.distill.trainer.train`.
 
@@ -298,7 +298,7 @@ def _keep(part: Path, block: nn.Module, about: dict[str, Any], devices: Devices)
     if devices.main:
         temporary = part / ".weights.safetensors"
         save_weights(temporary, block, about)
-        shutil.move(temporary, part / "weights.safetensors")
+        os.replace(temporary, part / "weights.safetensors")
         for name in ("last.safetensors", "best.safetensors"):
             (part / name).unlink(missing_ok=True)
     devices.barrier()

@@ -60,22 +60,22 @@ class Variant:
     """What makes a student."""
 
     subln: bool
-    pretrained: bool
+    after: str
+    """The stage that it begins behind, ``pretrain`` or ``blocks``, or nothing."""
     logits: bool
     attention: bool
-    blocks: bool = False
 
 
 VARIANTS = {
-    "direct": Variant(False, False, False, False),
-    "subln": Variant(True, False, False, False),
-    "subln-ct": Variant(True, True, False, False),
-    "subln-distill": Variant(True, False, True, True),
-    "ct-ld": Variant(True, True, True, False),
-    "ct-ad": Variant(True, True, False, True),
-    "bitdistill": Variant(True, True, True, True),
-    "blocks-ce": Variant(True, False, False, False, blocks=True),
-    "blocks-distill": Variant(True, False, True, True, blocks=True),
+    "direct": Variant(False, "", False, False),
+    "subln": Variant(True, "", False, False),
+    "subln-ct": Variant(True, "pretrain", False, False),
+    "subln-distill": Variant(True, "", True, True),
+    "ct-ld": Variant(True, "pretrain", True, False),
+    "ct-ad": Variant(True, "pretrain", False, True),
+    "bitdistill": Variant(True, "pretrain", True, True),
+    "blocks-ce": Variant(True, "blocks", False, False),
+    "blocks-distill": Variant(True, "blocks", True, True),
 }
 """The students; see the table above."""
 
@@ -94,11 +94,9 @@ def with_parents(stages: Sequence[str]) -> list[str]:
     wanted = set(stages)
     for name in stages:
         variant = VARIANTS.get(name)
-        if variant and variant.pretrained:
-            wanted.add("pretrain")
-        if variant and variant.blocks:
-            wanted.add("blocks")
-        if name == "blocks" or (variant and (variant.logits or variant.attention or variant.blocks)):
+        if variant and variant.after:
+            wanted.add(variant.after)
+        if "blocks" in (name, variant and variant.after) or (variant and (variant.logits or variant.attention)):
             wanted.add("teacher")
     return [name for name in STAGES if name in wanted]
 
@@ -462,7 +460,7 @@ class Run:
         if name in ("teacher", "pretrain", "blocks"):
             return getattr(self.config, name)
         variant = VARIANTS[name]
-        if variant.blocks:
+        if variant.after == "blocks":
             return self.config.finish
         return self.config.distill if variant.logits or variant.attention else self.config.direct
 
@@ -491,10 +489,8 @@ class Run:
         if variant and (variant.logits or variant.attention):
             found["losses"] = dataclasses.asdict(self._losses(variant))
             found["teacher"] = self._parent("teacher", seed)
-        if variant and variant.pretrained:
-            found["pretrain"] = self._parent("pretrain", seed)
-        if variant and variant.blocks:
-            found["blocks"] = self._parent("blocks", seed)
+        if variant and variant.after:
+            found[variant.after] = self._parent(variant.after, seed)
         return json.loads(json.dumps(found))
 
     def _parent(self, name: str, seed: int) -> str:
@@ -515,12 +511,9 @@ class Run:
         """What is trained, its objective, and what to call at the end."""
         model = self._plain(name, seed)
         variant = VARIANTS.get(name)
-        if variant and variant.pretrained:
-            self.stage("pretrain", seed)
-            load_weights(self.folder("pretrain", seed) / "weights.safetensors", model)
-        if variant and variant.blocks:
-            self.stage("blocks", seed)
-            load_weights(self.folder("blocks", seed) / "weights.safetensors", model)
+        if variant and variant.after:
+            self.stage(variant.after, seed)
+            load_weights(self.folder(variant.after, seed) / "weights.safetensors", model)
         model.to(self.devices.device)
         if not (variant and (variant.logits or variant.attention)):
             return model, LanguageModelling(model), lambda: None
@@ -561,7 +554,7 @@ class Run:
 
     def _plain(self, name: str, seed: int) -> nn.Module:
         """The network of a stage, before it is trained or given the weights of an earlier one."""
-        blocks = name == "blocks" or (name in VARIANTS and VARIANTS[name].blocks)
+        blocks = name == "blocks" or (name in VARIANTS and VARIANTS[name].after == "blocks")
         if name == "teacher" or (self.config.student.start == "base" and not blocks):
             model = models.load_base(self.config.model, seed, self.encoder.vocabulary_size)
         else:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["BUSY", "Program", "busy_seconds", "frequency_hz", "rounds", "sized", "spread", "wake"]
+__all__ = ["BUSY", "Program", "busy_seconds", "frequency_hz", "rounds", "sized", "spread", "turn_order", "wake"]
 
 SLICE_NS = 15_000_000
 """One program's turn in a round takes at least this long, or one call."""
@@ -121,9 +121,9 @@ def rounds(programs: Sequence[Program], n_rounds: int, threads: int, slow_turns:
     """
     others = []
     for n in range(n_rounds):
-        first = n % max(1, len(programs))  # another one each time: what is first may meet workers of the last that spin
+        order = turn_order(len(programs), n)
         account, start, own = busy_seconds(), time.perf_counter(), time.process_time()
-        for program in [*programs[first:], *programs[:first]]:
+        for program in (programs[i] for i in order):
             if len(program.times) >= slow_turns and program.times[0] > 20 * SLICE_NS:
                 continue
             before = time.process_time()
@@ -138,6 +138,18 @@ def rounds(programs: Sequence[Program], n_rounds: int, threads: int, slow_turns:
             processors = (os.cpu_count() or 1) * (time.perf_counter() - start)
             others.append(max(0.0, taken - own) / processors)
     return others
+
+
+def turn_order(n_programs: int, n: int) -> list[int]:
+    """Who comes when in round n: rows of a Williams square, in which everyone is seldom behind the same one.
+
+    What comes behind NumPy's workers in this process is slower with two threads; if that were the same program in each
+    round, its median would be. Each is behind each other one once in as many rounds as there are programs, twice in
+    twice as many where their number is odd.
+    """
+    zigzag = [(j + 1) // 2 if j % 2 else -(j // 2) for j in range(n_programs)]
+    order = [(step + n) % n_programs for step in zigzag]
+    return order[::-1] if n_programs % 2 and n % 2 else order
 
 
 def spread(times: Sequence[float]) -> dict[str, Any]:

@@ -198,3 +198,21 @@ def test_a_partly_quantised_layer_lies_between(quantizer):
     y.backward(torch.ones_like(y))
     torch.testing.assert_close(x.grad, w_near.sum(0).expand(5, -1))
     torch.testing.assert_close(layer.weight.grad, x_near.sum(0).expand(8, -1))
+
+
+def test_gradients_that_nobody_asks_for_are_not_made():
+    """Those of the other operand are the same."""
+    torch.manual_seed(3)
+    layer, x = bitlinear.BitLinear(32, 8), torch.randn(5, 32)
+    torch.nn.init.normal_(layer.weight)
+
+    def gradients(of_x, of_w):
+        layer.weight.grad = None
+        layer.weight.requires_grad_(of_w)
+        entered = x.clone().requires_grad_(of_x)
+        (layer(entered) ** 2).sum().backward()
+        return entered.grad, layer.weight.grad
+
+    by_x, by_w = gradients(True, True)
+    assert torch.equal(gradients(True, False)[0], by_x) and gradients(True, False)[1] is None
+    assert torch.equal(gradients(False, True)[1], by_w) and gradients(False, True)[0] is None

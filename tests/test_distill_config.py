@@ -50,6 +50,8 @@ def test_values_and_overrides(tmp_path):
         ("teacher.learning_rate=nan", r"teacher\.learning_rate must be positive, got nan"),
         ("teacher.clip=-1", r"teacher\.clip must not be negative, got -1"),
         ("teacher.warm_up=1", r"teacher\.warm_up must be a share from 0 to below 1, got 1"),
+        ('blocks.trained="vectors"', r"blocks\.trained must be all: blocks learn their matrices, got 'vectors'"),
+        ("finish.trained=some", r"finish\.trained must be one of all, vectors, got 'some'"),
         ("teacher.quantize_over=0.5", r"teacher\.quantize_over must be 0, a teacher is not quantised, got 0\.5"),
         ("teacher.schedule=step", r"teacher\.schedule must be one of cosine, linear, constant, got 'step'"),
         ("losses.positions=all", r"losses\.positions must be one of labels, tokens"),
@@ -106,11 +108,13 @@ def test_tables_by_hand(tmp_path):
     # Of the baseline there is one seed less than of this student: (78 - 60) / (80 - 60).
     for seed, value in ((0, 0.78), (2, 0.77)):
         write(tmp_path, "blocks-distill", seed, value)
+    write(tmp_path, "blocks-ld", 1, 0.79)
     document = results.write_tables(tmp_path)
     assert document["tables"]["gap"]["recovered"] == pytest.approx(0.6)
     other = document["tables"]["gap_blocks"]
     assert other["recovered"] == pytest.approx(0.9) and other["seeds_of_direct"] == [0]
     assert other["to_teacher"]["values"] == pytest.approx([0.02, 0.03]) and other["over_direct"]["n"] == 1
+    assert document["tables"]["gap_blocks_ld"]["recovered"] == pytest.approx(0.95)
     rows = {row["stage"]: row["accuracy"] for row in document["tables"]["models"]["rows"]}
     assert rows["teacher"] == {"mean": 0.8, "sd": None, "n": 1, "values": [0.8]}
     assert rows["bitdistill"]["mean"] == pytest.approx(0.72)

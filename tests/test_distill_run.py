@@ -40,7 +40,7 @@ def one_thread():
     torch.set_flush_denormal(False)
 
 
-STUDENTS = ("direct", "bitdistill", "blocks-distill")
+STUDENTS = ("direct", "bitdistill", "blocks-ld", "blocks-distill")
 
 
 def command(*arguments, settings=SHORT):
@@ -73,7 +73,7 @@ def test_every_stage_leaves_what_it_should(finished):
     assert record["commit"] and record["cpu"] and record["torch"] and record["splits_sha256"]
     assert "train" in (out / "splits.txt").read_text(encoding="utf-8")
     tables = json.loads((out / "tables.json").read_text(encoding="utf-8"))["tables"]
-    assert [len(tables[key]["rows"]) for key in ("models", "stages", "starts", "losses")] == [3, 5, 5, 4]
+    assert [len(tables[key]["rows"]) for key in ("models", "stages", "starts", "losses")] == [3, 5, 6, 4]
     assert all(row["accuracy"]["n"] == 2 for row in tables["stages"]["rows"])
     assert "| attention relations |" in done.output
 
@@ -108,6 +108,7 @@ def test_students_differ_in_what_their_names_say(finished):
         "ct-ad": {"ce", "ad"},
         "bitdistill": {"ce", "ld", "ad"},
         "blocks-ce": set(),
+        "blocks-ld": {"ce", "ld"},
         "blocks-distill": {"ce", "ld", "ad"},
     }.items():
         lines = (out / "seed-0" / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

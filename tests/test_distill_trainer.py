@@ -257,6 +257,21 @@ def test_only_matrices_decay():
     ]
 
 
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2"])
+def test_vectors_alone_can_be_trained(tmp_path, kind):
+    """Gains (of Qwen2 also biases) move; matrices stay to the bit, and can be trained afterwards."""
+    model = build(kind, ternary=True)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    made = objective.Distillation(model, live(Losses(gamma=0.0)), Losses(gamma=0.0))
+    run(tmp_path, replace(TRAINING, trained="vectors", learning_rate=2e-2), made, batches=lambda step: batch(0))
+    after = dict(model.named_parameters())
+    moved = {name for name, p in after.items() if not torch.equal(p, before[name])}
+    assert moved == {name for name, p in before.items() if p.ndim == 1} and any("norm" in name for name in moved)
+    assert any(name.endswith("bias") for name in moved) == (kind == "Qwen2")
+    assert all(p.requires_grad for p in after.values())
+    assert rows(tmp_path)[-1]["loss"] < rows(tmp_path)[0]["loss"]
+
+
 def test_training_lowers_every_loss(tmp_path):
     result = run(tmp_path, replace(TRAINING, steps=40), batches=lambda step: batch(0))
     first, last = rows(tmp_path)[0], rows(tmp_path)[-1]

@@ -44,7 +44,7 @@ def run(
     """Train the stages of CONFIG, a TOML file or the name of a packaged configuration, and write tables.
 
     Stages: teacher, direct, subln, pretrain, subln-ct, subln-distill, ct-ld, ct-ad, bitdistill, blocks, blocks-ce,
-    blocks-distill. Start it with `accelerate launch` or `torchrun` for more than one device.
+    blocks-ld, blocks-distill. Start it with `accelerate launch` or `torchrun` for more than one device.
     """
     stages_module = _needs_torch("stages")
     from bitnet_ref.distill.config import load_config

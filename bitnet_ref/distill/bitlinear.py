@@ -135,13 +135,16 @@ class _QuantizedMatmul(torch.autograd.Function):
             return (x_q @ w_q.T).float() * (x_scale * w_scale)  # (..., K) @ (K, M) -> (..., M)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x_q, x_scale, w_q, w_scale = ctx.saved_tensors
         dtype = x_q.dtype
+        grad_x = grad_w = None
         with torch.autocast(grad.device.type, enabled=False):
-            grad_x = (grad.to(dtype) @ w_q).float() * w_scale  # (..., M) @ (M, K) -> (..., K)
-            scaled = (grad * x_scale).to(dtype).flatten(0, -2)  # (T, M)
-            grad_w = (scaled.T @ x_q.flatten(0, -2)).float()  # (M, T) @ (T, K) -> (M, K)
+            if ctx.needs_input_grad[0]:
+                grad_x = (grad.to(dtype) @ w_q).float() * w_scale  # (..., M) @ (M, K) -> (..., K)
+            if ctx.needs_input_grad[1]:
+                scaled = (grad * x_scale).to(dtype).flatten(0, -2)  # (T, M)
+                grad_w = (scaled.T @ x_q.flatten(0, -2)).float()  # (M, T) @ (T, K) -> (M, K)
         return grad_x, grad_w, None, None
 
 

@@ -35,7 +35,7 @@ __all__ = [
 
 STAGES = (
     *("teacher", "direct", "subln", "pretrain", "subln-ct", "subln-distill", "ct-ld", "ct-ad", "bitdistill"),
-    *("blocks", "blocks-ce", "blocks-distill"),
+    *("blocks", "blocks-ce", "blocks-ld", "blocks-distill"),
 )
 """Everything that can be trained, in the order in which it is."""
 
@@ -187,6 +187,8 @@ class Training:
     autocast: str = "bfloat16"
     """``bfloat16`` or ``float32``."""
     gradient_checkpointing: bool = False
+    trained: str = "all"
+    """``all`` parameters, or ``vectors``: gains of norms and biases, while ternary weights and embedding stay."""
     quantize_over: float = 0.0
     """Share of the steps in which layers go from full precision to fully quantised; see ``BitLinear.strength``."""
     evaluate_every: int = 0
@@ -248,7 +250,11 @@ _CHOICES = {
     ("losses", "positions"): ("labels", "tokens"),
     ("", "sharding"): ("none", "full"),
 }
-_TRAINING_CHOICES = {"schedule": ("cosine", "linear", "constant"), "autocast": ("bfloat16", "float32")}
+_TRAINING_CHOICES = {
+    "schedule": ("cosine", "linear", "constant"),
+    "trained": ("all", "vectors"),
+    "autocast": ("bfloat16", "float32"),
+}
 _POSITIVE = ("steps", "batch", "accumulation", "learning_rate", "save_every", "context", "heads", "tau", "max_length")
 _SHARES = ("warm_up", "held_out", "quantize_over")
 
@@ -314,6 +320,8 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
             "finish.quantize_over must be 0, what blocks have learnt is the quantised network, got "
             f"{config.finish.quantize_over}"
         )
+    if config.blocks.trained != "all":
+        raise ValueError(f"blocks.trained must be all: blocks learn their matrices, got {config.blocks.trained!r}")
     if config.blocks.gradient_checkpointing:
         raise ValueError("blocks.gradient_checkpointing must be false: a block alone has nothing to recompute")
     if config.losses.hidden and config.losses.teacher_cache:

@@ -35,6 +35,7 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
             "bitdistill": "SubLN, continued pre-training",
             "blocks": "SubLN, blocks one by one, and nothing more",
             "blocks-ce": "SubLN, blocks one by one, and cross-entropy alone",
+            "blocks-ld": "SubLN, blocks one by one, and logits alone",
             "blocks-distill": "SubLN, blocks one by one",
         },
     ),
@@ -45,7 +46,11 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
 }
 """Key -> caption, and stage -> its name in the table."""
 
-_GAPS = {"gap": ("bitdistill", "BitDistill"), "gap_blocks": ("blocks-distill", "The student of blocks")}
+_GAPS = {
+    "gap": ("bitdistill", "BitDistill"),
+    "gap_blocks": ("blocks-distill", "The student of blocks"),
+    "gap_blocks_ld": ("blocks-ld", "The student of blocks and logits"),
+}
 """Key -> the student that is set between teacher and baseline, and its name in a sentence."""
 
 
@@ -107,7 +112,8 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         Key of :data:`TABLES` -> ``caption`` and ``rows``, each with ``stage``, ``name`` and a summary for every figure.
         ``gap`` has, where all three models are there, ``to_teacher`` (teacher minus BitDistill, by seed) and
         ``recovered`` (the share of teacher minus direct that BitDistill wins back; of the means over
-        ``seeds_of_direct``, which both have); ``gap_blocks`` the same of blocks-distill.
+        ``seeds_of_direct``, which both have); ``gap_blocks`` the same of blocks-distill,
+        ``gap_blocks_ld`` of blocks-ld.
     """
     figures: dict[str, dict[str, dict[int, float]]] = {}
     for row in rows:

@@ -9,15 +9,16 @@ subln-ct       pretrain, fine-tuned
 subln-distill  with SubLN, distilled from the teacher
 ct-ld, ct-ad   pretrain, distilled by logits only, by attention relations only
 bitdistill     pretrain, distilled by both: stage 3
-blocks         the teacher with SubLN, each block trained alone to do what the teacher's does: where the next two begin
+blocks         the teacher with SubLN, each block trained alone to do what the teacher's does: where the next ones begin
 blocks-ce      blocks, fine-tuned
+blocks-ld      blocks, distilled by logits only
 blocks-distill blocks, distilled by both
 =============  =====================================================================================================
 
 A run is a folder: ``config.json``, ``record.json``, ``splits.txt``, and for every seed and stage ``metrics.jsonl``,
-``result.json``; of teacher, direct, bitdistill and blocks-distill also ``model/``; of these students also ``export/``
-and, of classifiers, what PyTorch answers to every prompt of the test split, for the kernels to repeat:
-``answers.safetensors`` with the roundings of the reference, ``answers-float32.safetensors`` with PyTorch's own.
+``result.json``; of those in :data:`KEPT` also ``model/``; of students among them also ``export/`` and, of classifiers,
+what PyTorch answers to every prompt of the test split, for the kernels to repeat: ``answers.safetensors`` with the
+roundings of the reference, ``answers-float32.safetensors`` with PyTorch's own.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ from bitnet_ref.formats.answers import write_answers
 
 __all__ = ["KEPT", "VARIANTS", "Run", "Variant", "dry", "first_prompts", "splits_of", "task_of", "with_parents"]
 
-KEPT = ("teacher", "direct", "bitdistill", "blocks-distill")
+KEPT = ("teacher", "direct", "bitdistill", "blocks-ld", "blocks-distill")
 """Stages whose model is left as a folder."""
 
 
@@ -75,6 +76,7 @@ VARIANTS = {
     "ct-ad": Variant(True, "pretrain", False, True),
     "bitdistill": Variant(True, "pretrain", True, True),
     "blocks-ce": Variant(True, "blocks", False, False),
+    "blocks-ld": Variant(True, "blocks", True, False),
     "blocks-distill": Variant(True, "blocks", True, True),
 }
 """The students; see the table above."""
@@ -468,6 +470,8 @@ class Run:
         """Everything that a stage depends on, down to its parents."""
         training = dataclasses.asdict(self._training(name))
         del training["save_every"]  # changes no result
+        if training["trained"] == "all":
+            del training["trained"]  # as in results of versions that had no such key
         examples = self.config.data
         limits = [examples.train_limit, examples.dev_limit, examples.test_limit]
         found: dict[str, Any] = {

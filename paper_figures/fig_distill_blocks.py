@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from bitnet_ref.paper_figures import BLUE, GREY, ORANGE, VERMILION, main, percent, select, styled, title
+from bitnet_ref.paper_figures import BLUE, GREEN, GREY, ORANGE, VERMILION, main, percent, select, styled, title
 
 SECTION = "results"
 KINDS = ("measured",)
@@ -22,7 +22,7 @@ CAPTION = (
 
 @styled
 def draw(results: dict[str, Any]) -> Figure:
-    """``tables.json`` of a run with the stages teacher, direct, blocks and blocks-distill."""
+    """``tables.json`` of a run with the stages teacher, blocks and students behind them; baselines if they are there."""
     rows = results["results"]
     blocks = {row["seed"]: row for row in select(rows, stage="blocks")}
     figure = Figure(figsize=(7.2, 3.3), layout="constrained")
@@ -36,13 +36,14 @@ def draw(results: dict[str, Any]) -> Figure:
     for stage, label, colour in (
         ("direct", "direct", VERMILION),
         ("bitdistill", "BitDistill", ORANGE),
-        ("blocks-distill", "blocks, then the whole", BLUE),
+        ("blocks-ld", "blocks, then logits", GREEN),
+        ("blocks-distill", "blocks, then both losses", BLUE),
     ):
         runs = select(rows, stage=stage)
         if not runs:
             continue
         before = [0.0] * len(runs)
-        if stage == "blocks-distill":
+        if stage.startswith("blocks-"):
             before = [blocks[row["seed"]]["tokens"] / n for row in runs]
         elif stage == "bitdistill":
             pretrain = {row["seed"]: row["tokens"] for row in select(rows, stage="pretrain")}

@@ -8,7 +8,7 @@ from cpython.buffer cimport PyBUF_ND, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Re
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cython.parallel cimport prange
 from libc.math cimport INFINITY, fabsf
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
@@ -79,7 +79,6 @@ cdef _View _contiguous(array, dtype, str name, int ndim=-1):
 
 
 cdef enum:
-    MOST_TOGETHER = 3  # matrices that read the same activations: q, k and v
     TABLE_BYTES = 256  # of a block, see matmul.pyx
 
 
@@ -126,6 +125,15 @@ cdef enum:
     ROW_BLOCK = 320  # columns of a block of base3r
 
 
+cdef struct listed_t:
+    dot_rows_t dot
+    add_rows_t add
+    const unsigned char* up
+    const unsigned char* down
+    Py_ssize_t ffn, k, n_blocks, stride, up_most, down_most
+    long long tokens, up_rows, down_rows, up_listed, down_listed, read_bytes
+
+
 cdef class ListedRows:
     """W_up and the transpose of W_down of one gated network in the layout base3r, and when their rows are read by lists.
 
@@ -139,22 +147,22 @@ cdef class ListedRows:
         Longest lists for which rows are read singly; with more the dense product is taken.
     """
 
-    cdef dot_rows_t dot
-    cdef add_rows_t add
+    cdef listed_t about
     cdef _View held_up, held_down
-    cdef Py_ssize_t ffn, k, n_blocks, stride, up_most, down_most
-    cdef long long tokens, up_rows, down_rows, up_listed, down_listed, read_bytes
 
     def __init__(self, dot, add, up, down, Py_ssize_t k, Py_ssize_t up_most, Py_ssize_t down_most):
-        self.dot = <dot_rows_t>PyCapsule_GetPointer(dot, b"bitnet_ref.dotrows/1")
-        self.add = <add_rows_t>PyCapsule_GetPointer(add, b"bitnet_ref.addrows/1")
+        self.about.dot = <dot_rows_t>PyCapsule_GetPointer(dot, b"bitnet_ref.dotrows/1")
+        self.about.add = <add_rows_t>PyCapsule_GetPointer(add, b"bitnet_ref.addrows/1")
         self.held_up, self.held_down = _contiguous(up, uint8, "up", 2), _contiguous(down, uint8, "down", 2)
-        self.ffn, self.k, self.n_blocks = self.held_up.size(0), k, (k + ROW_BLOCK - 1) // ROW_BLOCK
-        self.stride = ROW_BLOCK // 5 * self.n_blocks
-        self.up_most, self.down_most = up_most, down_most
+        self.about.up = <const unsigned char*>self.held_up.buffer.buf
+        self.about.down = <const unsigned char*>self.held_down.buffer.buf
+        self.about.ffn, self.about.k, self.about.n_blocks = self.held_up.size(0), k, (k + ROW_BLOCK - 1) // ROW_BLOCK
+        self.about.stride = ROW_BLOCK // 5 * self.about.n_blocks
+        self.about.up_most, self.about.down_most = up_most, down_most
+        shape = (self.about.ffn, self.about.stride)
         for view in (self.held_up, self.held_down):
-            if (<_View>view).size(0) != self.ffn or (<_View>view).size(1) != self.stride:
-                raise ValueError(f"up and down must have shape ({self.ffn}, {self.stride}), got {up.shape}, {down.shape}")
+            if ((<_View>view).size(0), (<_View>view).size(1)) != shape:
+                raise ValueError(f"up and down must have shape {shape}, got {up.shape}, {down.shape}")
 
     def take_counts(self):
         """What happened since this was asked last, as a dict.
@@ -162,9 +170,10 @@ cdef class ListedRows:
         tokens; up_rows, down_rows: rows that counted, of all tokens; up_listed, down_listed: tokens whose rows were read
         singly; read_bytes: their bytes.
         """
-        counts = {"tokens": self.tokens, "up_rows": self.up_rows, "down_rows": self.down_rows,
-                  "up_listed": self.up_listed, "down_listed": self.down_listed, "read_bytes": self.read_bytes}
-        self.tokens = self.up_rows = self.down_rows = self.up_listed = self.down_listed = self.read_bytes = 0
+        cdef listed_t* a = &self.about
+        counts = {"tokens": a.tokens, "up_rows": a.up_rows, "down_rows": a.down_rows, "up_listed": a.up_listed,
+                  "down_listed": a.down_listed, "read_bytes": a.read_bytes}
+        a.tokens = a.up_rows = a.down_rows = a.up_listed = a.down_listed = a.read_bytes = 0
         return counts
 
 
@@ -183,6 +192,132 @@ cdef Py_ssize_t list_nonzero(const signed char* x, Py_ssize_t n, int* rows) noex
         rows[count] = <int>i
         count += x[i] != 0
     return count
+
+
+cdef enum:
+    MOST_TOGETHER = 3  # matrices that read the same activations: q, k and v
+
+
+cdef struct block_t:
+    # One block. What it does without is NULL; a window of 0 is none.
+    matrix_t attention[MOST_TOGETHER + 1]  # q, k, v, o
+    matrix_t gate, up, down
+    const float* norm
+    const float* bias[MOST_TOGETHER]
+    const float* head_norm[2]  # of queries and keys
+    const float* sub_norm
+    const float* ffn_norm
+    const float* ffn_sub_norm
+    listed_t* listed
+    Py_ssize_t window
+
+
+cdef struct network_t:
+    # What blocks have in common; width is that of all query heads, kv_width that of all keys.
+    Py_ssize_t hidden, ffn, heads, kv_heads, d, width, kv_width
+    float eps, offset, scale
+    int kind
+
+
+cdef class Blocks:
+    """What a decode step reads of all blocks of a network, checked once. It holds the memory, which must stay as it is.
+
+    Parameters
+    ----------
+    blocks : sequence of (matrices, norms, biases, head_norms, window, listed), at least one
+        matrices : seven Matrix, q, k, v, o, gate, up and down; the first three of one packing, and gate and up
+        norms : those in front of q, o, gate and down, float32; None where there is none
+        biases : None, or those of q, k and v, float32
+        head_norms : None, or those of queries and keys, float32 (D,)
+        window : int or None
+        listed : ListedRows or None; with it, for relu2 only, rows of up and columns of down that add nothing may be left out
+    kv_heads, head_dim : int
+    eps, offset : float
+        Of all norms.
+    scale : float
+        Of the scores of attention.
+    activation : str
+    """
+
+    cdef network_t about
+    cdef block_t* block
+    cdef Py_ssize_t n
+    cdef list held
+
+    def __cinit__(self):
+        self.block = NULL
+
+    def __dealloc__(self):
+        free(self.block)
+
+    def __init__(self, blocks, Py_ssize_t kv_heads, Py_ssize_t head_dim, float eps, float offset, float scale,
+                 str activation):
+        if self.block != NULL or not len(blocks):
+            raise ValueError("a network must have at least one block, and be made once")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be relu2, silu or gelu_tanh, got {activation!r}")
+        if kv_heads < 1 or head_dim < 2 or head_dim % 2:
+            raise ValueError(f"heads must be at least one, of an even number of values, got {kv_heads} of {head_dim}")
+        self.held = []
+        self.block = <block_t*>calloc(len(blocks), sizeof(block_t))
+        if self.block == NULL:
+            raise MemoryError("no memory for the list of blocks")
+        cdef network_t* net = &self.about
+        cdef const matrix_t* first = &(<Matrix?>blocks[0][0][0]).about
+        net.hidden, net.width, net.ffn = first.k, first.m, (<Matrix?>blocks[0][0][4]).about.m
+        net.kv_heads, net.d, net.heads, net.kv_width = kv_heads, head_dim, first.m // head_dim, kv_heads * head_dim
+        net.eps, net.offset, net.scale, net.kind = eps, offset, scale, ACTIVATIONS[activation]
+        for matrices, norms, biases, head_norms, window, listed in blocks:
+            self._fill(self.block + self.n, matrices, norms, biases, head_norms, window, listed)
+            self.n += 1
+
+    cdef int _fill(self, block_t* block, matrices, norms, biases, head_norms, window, ListedRows listed) except -1:
+        cdef network_t* net = &self.about
+        cdef matrix_t* a = block.attention
+        cdef Py_ssize_t j
+        q, k, v, o, gate, up, down = matrices
+        self.held.extend(matrices)
+        for j, matrix in enumerate((q, k, v, o)):
+            a[j] = (<Matrix?>matrix).about
+        block.gate, block.up, block.down = (<Matrix?>gate).about, (<Matrix?>up).about, (<Matrix?>down).about
+        for j in range(MOST_TOGETHER):
+            if a[j].k != a[0].k or a[j].block != a[0].block or a[j].build != a[0].build:
+                raise ValueError("matrices that read the same token must have the same K and packing")
+        if (a[0].m != net.width or a[0].k != net.hidden or net.heads * net.d != net.width or net.heads % net.kv_heads
+                or a[1].m != net.kv_width or a[2].m != net.kv_width or a[3].k != net.width or a[3].m != net.hidden):
+            raise ValueError(f"q, k, v and o must fit {net.kv_heads} heads of {net.d} keys, and those of other blocks, got "
+                             f"{a[0].m}, {a[1].m} and {a[2].m} rows for {a[0].k} columns, and {a[3].m} for {a[3].k}")
+        if (block.gate.k != net.hidden or block.gate.m != net.ffn or block.up.k != net.hidden or block.up.m != net.ffn
+                or block.up.block != block.gate.block or block.up.rows != block.gate.rows
+                or block.up.build != block.gate.build or block.down.k != net.ffn or block.down.m != net.hidden):
+            raise ValueError("gate and up must have the same shape and packing, and down the transposed shape")
+        block.norm = _vector(self.held, norms[0], "the norm", net.hidden)
+        block.sub_norm = _vector(self.held, norms[1], "the inner norm", net.width)
+        block.ffn_norm = _vector(self.held, norms[2], "the norm", net.hidden)
+        block.ffn_sub_norm = _vector(self.held, norms[3], "the inner norm", net.ffn)
+        for j in range(MOST_TOGETHER):
+            block.bias[j] = _vector(self.held, None if biases is None else biases[j], "the bias", a[j].m)
+        for j in range(2):
+            block.head_norm[j] = _vector(self.held, None if head_norms is None else head_norms[j], "the norm of heads", net.d)
+        block.window = 0 if window is None else max(1, window)
+        block.listed = NULL
+        if listed is not None:
+            if listed.about.ffn != net.ffn or listed.about.k != net.hidden or net.kind != ACTIVATE_RELU2:
+                raise ValueError("listed rows must be of this network, and its activation relu2")
+            self.held.append(listed)
+            block.listed = &listed.about
+        return 0
+
+
+cdef const float* _vector(list held, array, str name, Py_ssize_t size) except? NULL:
+    # Its memory, which `held` keeps; NULL for None.
+    if array is None:
+        return NULL
+    cdef _View a = _contiguous(array, float32, name, 1)
+    if a.size(0) != size:
+        raise ValueError(f"{name} must have shape ({size},), got {array.shape}")
+    held.append(a)
+    return <const float*>a.buffer.buf
 
 
 cdef struct input_t:
@@ -233,6 +368,11 @@ cdef extern from *:
     void store_half(const float* x, char* to, Py_ssize_t n) noexcept nogil
 
 
+cdef Py_ssize_t seen_by(const block_t* block, Py_ssize_t n) noexcept nogil:
+    # Of n tokens, as many as the last one sees.
+    return min(block.window, n) if block.window else n
+
+
 cdef int store_last(const cache_t* cache, const float* k, const float* v) noexcept nogil:
     # Keys and values of the last token. Returns 0, with nothing stored, if one is beyond float16.
     cdef Py_ssize_t head, i, n = cache.kv_heads * cache.d, last = cache.n - 1
@@ -265,8 +405,71 @@ cdef double now_ns() noexcept nogil:
 
 
 cdef Py_ssize_t input_bytes(const matrix_t* a) noexcept nogil:
-    # The int8 values, on a cache line, and the tables, on another.
-    return a.n_blocks * (a.block + (TABLE_BYTES if a.build != NULL else 0)) + 128
+    # The int8 values, and the tables on another cache line.
+    return a.n_blocks * (a.block + (TABLE_BYTES if a.build != NULL else 0)) + 63
+
+
+cdef struct work_t:
+    # Memory of the activations of a block. Those of its two halves lie in one place.
+    float* normed
+    char* input
+    float* target[MOST_TOGETHER]  # queries, keys and values as they are projected; attention overwrites the queries
+    float* turned  # queries and keys after their rotation
+    int* sums[MOST_TOGETHER]
+    int* out_sums
+    int* gate_sums
+    int* up_sums
+    float* gated
+    int* down_sums
+    char* listed
+
+
+cdef Py_ssize_t take(Py_ssize_t* at, Py_ssize_t n_bytes) noexcept nogil:
+    # The next n_bytes, on whole cache lines.
+    cdef Py_ssize_t start = at[0]
+    at[0] += (n_bytes + 63) // 64 * 64
+    return start
+
+
+cdef Py_ssize_t sums_bytes(const matrix_t* a) noexcept nogil:
+    return a.n_tiles * a.rows * <Py_ssize_t>sizeof(int)
+
+
+cdef Py_ssize_t lay_out(const network_t* net, const block_t* block, int n_threads, Py_ssize_t start,
+                        work_t* to) noexcept nogil:
+    # Pointers from the address `start` on, which begins a cache line; returns where they end.
+    cdef Py_ssize_t at = start, halves, j
+    to.normed = <float*>take(&at, 4 * max(net.hidden, net.width, net.ffn))
+    to.input = <char*>take(&at, max(max(input_bytes(block.attention), input_bytes(block.attention + MOST_TOGETHER)),
+                                    max(input_bytes(&block.gate), input_bytes(&block.down))))
+    halves = at
+    to.target[0] = <float*>take(&at, 4 * net.width)
+    for j in range(1, MOST_TOGETHER):
+        to.target[j] = <float*>take(&at, 4 * net.kv_width)
+    to.turned = <float*>take(&at, 4 * (net.width + net.kv_width))
+    for j in range(MOST_TOGETHER):
+        to.sums[j] = <int*>take(&at, sums_bytes(block.attention + j))
+    to.out_sums = <int*>take(&at, sums_bytes(block.attention + MOST_TOGETHER))
+    cdef Py_ssize_t end = at
+    at = halves
+    to.gate_sums = <int*>take(&at, sums_bytes(&block.gate))
+    to.up_sums = <int*>take(&at, sums_bytes(&block.up))
+    to.gated = <float*>take(&at, 4 * net.ffn)
+    to.down_sums = <int*>take(&at, sums_bytes(&block.down))
+    to.listed = <char*>take(&at, 0 if block.listed == NULL else listed_bytes(block.listed, n_threads))
+    return max(at, end)
+
+
+cdef Py_ssize_t listed_bytes(const listed_t* listed, int n_threads) noexcept nogil:
+    # A list and its sums; then a token of int8, or for each thread scratch and sums of a row; 63 to align those.
+    cdef Py_ssize_t columns = listed.n_blocks * ROW_BLOCK
+    return 8 * listed.ffn + max(columns, 8 * columns * n_threads) + 63
+
+
+cdef enum:
+    DONE
+    NOT_FINITE
+    NOT_HALF  # a key or value is beyond float16
 
 
 cdef class Steps:
@@ -287,7 +490,7 @@ cdef class Steps:
         self.n_threads = n_threads
 
     def take_inner_ns(self):
-        """Time that parts of `self_attention` and `feed_forward` took since this was asked last, in ns, as a dict.
+        """Time that parts of `blocks` took since this was asked last, in ns, as a dict.
 
         product: with the rescaling of sums and the gate, which the same threads do; attention: with storing keys and values.
         """
@@ -353,13 +556,13 @@ cdef class Steps:
             self.call.rescale(source + t * m, target + t * m, m, scale[t] * w_scale)
         return y
 
-    cdef int _input(self, const float* x, const float* weight, float eps, float offset, float* normed, const matrix_t* a,
-                    char* memory, input_t* out) noexcept nogil:
+    cdef int _input(self, const float* x, const float* weight, const network_t* net, const work_t* work, const matrix_t* a,
+                    input_t* out) noexcept nogil:
         # Norm, quantiser and tables. Returns 0 if a value is not finite.
-        cdef signed char* x_q = <signed char*>(memory + (-<Py_ssize_t>memory & 63))
+        cdef signed char* x_q = <signed char*>work.input
         cdef Py_ssize_t padded = a.n_blocks * a.block, chunk, i
         cdef signed char* tables = x_q + padded + (-padded & 63)
-        if not self.call.norm_quantize(x, weight, normed, x_q, &out.scale, &out.sum, a.k, eps, offset):
+        if not self.call.norm_quantize(x, weight, work.normed, x_q, &out.scale, &out.sum, a.k, net.eps, net.offset):
             return 0
         memset(x_q + a.k, 0, padded - a.k)
         out.operand = out.x_q = x_q
@@ -381,125 +584,133 @@ cdef class Steps:
         first[0] = start * a.rows
         return min(end * a.rows, a.m) - first[0]
 
-    def self_attention(self, x, weight, sub_weight, float eps, float offset, tuple matrices, biases, norms, turns,
-                       keys, values, float scale, window=None):
-        """The attention half of a block for one token, added to itself; x float32 (1, hidden).
+    def blocks(self, Blocks blocks, x, turns, sliding_turns, keys, values):
+        """One token through all blocks: the residual stream behind the last; x float32 (1, hidden).
 
-        ``x + linear(rms_norm(a, sub_weight), o)``, without the inner norm if sub_weight is None, where a is the attention of
-        the token's queries to keys and values: those of the tokens before it, which the arrays hold, and its own, which are
-        stored as their last row.
+        A block is, with a = rms_norm(x, norms[0]), q, k and v = linear(a, ...) + biases, of which q and k pass the norm of
+        heads, and are rotated; without the norms and biases that are None::
+
+            x = x + linear(rms_norm(attention(q, keys, values), norms[1]), o)
+            a = rms_norm(x, norms[2])
+            x = x + linear(rms_norm(activate(linear(a, gate)) * linear(a, up), norms[3]), down)
 
         Parameters
         ----------
         x : float32 (1, hidden)
-        weight : float32 (hidden,)
-        sub_weight : float32 (H * D,) or None
-        matrices : q, k, v and o, each a Matrix; the first three of one packing
-        biases : None, or three arrays float32 (H * D,), (KV * D,), (KV * D,)
-        norms : None, or those of queries and keys, float32 (D,)
-        turns : cos and sin, float32 (1, 1, D / 2)
-        keys, values : float32 or float16 (S, KV, D), of any strides but along D
-        scale : float
-        window : int, optional
+        turns, sliding_turns : cos and sin, each float32 (1, 1, D / 2)
+            Of blocks without and with a window.
+        keys, values : float32 or float16 (L, S, KV, D), of any strides but along D
+            For each block those of the tokens before this one; its own are stored as the last row.
 
         Returns
         -------
         float32 (1, hidden)
         """
-        cdef matrix_t about[4]
-        cdef float* target[MOST_TOGETHER]
-        cdef int* sums[MOST_TOGETHER]
-        cdef const float* bias[MOST_TOGETHER]
-        cdef const float* head_norm[2]
+        cdef const network_t* net = &blocks.about
+        cdef _View a = _contiguous(x, float32, "x", 2)
+        cdef _View b = _View(keys, keys.dtype, "keys", 4, PyBUF_STRIDES | PyBUF_WRITABLE)
+        cdef _View c = _View(values, keys.dtype, "values", 4, PyBUF_STRIDES | PyBUF_WRITABLE)
         cdef cache_t cache
-        cdef Py_ssize_t j, i, size = 0, k = (<Matrix?>matrices[0]).about.k
-        cdef _View a = _contiguous(x, float32, "x", 2), w = _contiguous(weight, float32, "weight", 1)
-        cdef _View cosine = _contiguous(turns[0], float32, "cos", 3), sine = _contiguous(turns[1], float32, "sin", 3)
-        cdef _View b = _View(keys, keys.dtype, "keys", 3, PyBUF_STRIDES | PyBUF_WRITABLE)
-        cdef _View c = _View(values, keys.dtype, "values", 3, PyBUF_STRIDES | PyBUF_WRITABLE)
         self._cache_of(keys, b, c, &cache)
-        for j in range(4):
-            about[j] = (<Matrix?>matrices[j]).about
-        for j in range(MOST_TOGETHER):
-            if about[j].k != k or about[j].block != about[0].block or about[j].build != about[0].build:
-                raise ValueError("matrices that read the same token must have the same K and packing")
-            size += about[j].n_tiles * about[j].rows
-        cdef Py_ssize_t d = cache.d, heads = about[0].m // d, width = about[0].m, kv_width = cache.kv_heads * d
-        if (heads * d != width or heads % cache.kv_heads or d % 2 or about[1].m != kv_width or about[2].m != kv_width
-                or about[3].k != width or about[3].m != k or cache.n < 1):
-            raise ValueError(f"q, k, v and o must fit keys of shape {keys.shape}, got {width}, {about[1].m} and {about[2].m} "
-                             f"rows for {k} columns, and {about[3].m} for {about[3].k}")
-        if a.size(0) != 1 or a.size(1) != k or w.size(0) != k or cosine.size(2) != d // 2 or sine.size(2) != d // 2:
-            raise ValueError(f"x must have shape (1, {k}), weight ({k},) and cos and sin (1, 1, {d // 2}), got {x.shape}, "
-                             f"{weight.shape}, {turns[0].shape} and {turns[1].shape}")
+        if b.size(0) != blocks.n or c.size(0) != blocks.n or cache.kv_heads != net.kv_heads or cache.d != net.d or cache.n < 1:
+            raise ValueError(f"keys and values must have shape ({blocks.n}, S, {net.kv_heads}, {net.d}), got {keys.shape}")
+        cdef Py_ssize_t half = net.d // 2, j, size = 0, longest = 0, scratch_size
+        cdef const float* turn[4]
         held = []
-        for j in range(MOST_TOGETHER):
-            bias[j] = NULL if biases is None else self._vector(held, biases[j], "bias", about[j].m)
-        for j in range(2):
-            head_norm[j] = NULL if norms is None else self._vector(held, norms[j], "the norm of heads", d)
-        cdef const float* inner = NULL if sub_weight is None else self._vector(held, sub_weight, "sub_weight", width)
-        y = np.empty((1, k), float32)
+        for j, turned in enumerate((*turns, *sliding_turns)):
+            view = _contiguous(turned, float32, "cos and sin", 3)
+            held.append(view)
+            turn[j] = <const float*>(<_View>view).buffer.buf
+            if (<_View>view).buffer.len != 4 * half:
+                raise ValueError(f"cos and sin must have shape (1, 1, {half}), got {turned.shape}")
+        if a.size(0) != 1 or a.size(1) != net.hidden:
+            raise ValueError(f"x must have shape (1, {net.hidden}), got {x.shape}")
+        y = np.empty((1, net.hidden), float32)
         cdef _View out = _View(y, float32, "y")
-        cdef Py_ssize_t input_size = max(input_bytes(about), input_bytes(about + 3))
-        cdef Py_ssize_t out_size = about[3].n_tiles * about[3].rows, floats = 2 * (width + kv_width) + kv_width + max(k, width)
-        cdef char* memory = <char*>malloc(4 * (floats + size + out_size) + input_size)
+        cdef float* stream = <float*>out.buffer.buf
+        memcpy(stream, a.buffer.buf, net.hidden * sizeof(float))
+        cdef work_t work
+        for j in range(blocks.n):
+            size = max(size, lay_out(net, blocks.block + j, self.n_threads, 0, &work))
+            longest = max(longest, seen_by(blocks.block + j, cache.n))
+        cdef char* memory = <char*>malloc(size + 63)
         if memory == NULL:
             raise MemoryError("no memory for the activations of a layer")
-        cdef float* normed = <float*>memory
-        target[0] = normed + max(k, width)
-        target[1] = target[0] + width
-        target[2] = target[1] + kv_width
-        cdef float* turned = target[2] + kv_width  # queries and keys
-        sums[0] = <int*>(turned + width + kv_width)
-        for j in range(1, MOST_TOGETHER):
-            sums[j] = sums[j - 1] + about[j - 1].n_tiles * about[j - 1].rows
-        cdef int* out_sums = sums[0] + size
-        cdef char* rest = <char*>(out_sums + out_size)
-        cdef const float* source = <const float*>a.buffer.buf
-        cdef float* result = <float*>out.buffer.buf
-        cdef Py_ssize_t seen = cache.n if window is None else max(1, window)
-        cdef input_t token
-        cdef int finite, fits = 1, found = 1
-        cdef double start
-        with nogil:
-            finite = self._input(source, <const float*>w.buffer.buf, eps, offset, normed, about, rest, &token)
-            if finite:
-                self._project_shares(about, MOST_TOGETHER, &token, sums, NULL, target)
-                for j in range(MOST_TOGETHER):
-                    if bias[j] != NULL:
-                        for i in range(about[j].m):
-                            target[j][i] += bias[j][i]
-                for j in range(2):
-                    if head_norm[j] != NULL:
-                        for i in range(about[j].m // d):
-                            self.call.norm(target[j] + i * d, head_norm[j], target[j] + i * d, d, eps, offset)
-                    self.call.rotate(target[j], <const float*>cosine.buffer.buf, <const float*>sine.buffer.buf,
-                                     turned + j * width, about[j].m // d, d // 2)
-                start = now_ns()
-                fits = store_last(&cache, turned + width, target[2])
-                # The attention overwrites the queries before their rotation.
-                found = fits and self._attend(turned, 1, heads, &cache, seen, scale, target[0])
-                self.attention_ns += now_ns() - start
-            if finite and found:
-                finite = self._input(target[0], inner, eps, offset, normed, about + 3, rest, &token)
-            if finite and found:
-                self._project_shares(about + 3, 1, &token, &out_sums, source, &result)
-        free(memory)
-        if not fits:
-            raise ValueError(f"keys and values must be within {FLOAT16_MAX:,.0f} to be kept as float16, got larger ones")
-        if not found:
+        scratch_size = self._scratch_floats(longest, net.d)
+        cdef float* scratch = <float*>malloc(scratch_size * sizeof(float))
+        if scratch == NULL:
+            free(memory)
             raise MemoryError("no memory for the scores of attention")
-        if not finite:
+        cdef Py_ssize_t k_block = b.buffer.strides[0], v_block = c.buffer.strides[0]
+        cdef const float** turn_of
+        cdef int outcome = DONE
+        with nogil:
+            for j in range(blocks.n):
+                lay_out(net, blocks.block + j, self.n_threads, <Py_ssize_t>memory + (-<Py_ssize_t>memory & 63), &work)
+                turn_of = turn + (2 if blocks.block[j].window else 0)
+                outcome = self._attention_half(net, blocks.block + j, &cache, turn_of[0], turn_of[1], &work, scratch, stream)
+                if outcome == DONE:
+                    outcome = self._network_half(net, blocks.block + j, &work, stream)
+                if outcome != DONE:
+                    break
+                cache.keys += k_block
+                cache.values += v_block
+        free(memory)
+        free(scratch)
+        if outcome == NOT_HALF:
+            raise ValueError(f"keys and values must be within {FLOAT16_MAX:,.0f} to be kept as float16, got larger ones")
+        if outcome == NOT_FINITE:
             raise ValueError("x must be finite in float32, got NaN or infinity")
         return y
 
-    cdef const float* _vector(self, list held, array, str name, Py_ssize_t size) except NULL:
-        # Its memory, which `held` keeps.
-        cdef _View a = _contiguous(array, float32, name, 1)
-        if a.size(0) != size:
-            raise ValueError(f"{name} must have shape ({size},), got {array.shape}")
-        held.append(a)
-        return <const float*>a.buffer.buf
+    cdef int _attention_half(self, const network_t* net, const block_t* block, const cache_t* cache, const float* cosine,
+                             const float* sine, const work_t* work, float* scratch, float* stream) noexcept nogil:
+        # Adds to the residual stream, where it lies.
+        cdef Py_ssize_t i, j
+        cdef input_t token
+        cdef float* turned
+        cdef double start
+        if not self._input(stream, block.norm, net, work, block.attention, &token):
+            return NOT_FINITE
+        self._project_shares(block.attention, MOST_TOGETHER, &token, <int**>work.sums, NULL, <float**>work.target)
+        for j in range(MOST_TOGETHER):
+            if block.bias[j] != NULL:
+                for i in range(block.attention[j].m):
+                    work.target[j][i] += block.bias[j][i]
+        for j in range(2):
+            if block.head_norm[j] != NULL:
+                for i in range(block.attention[j].m // net.d):
+                    self.call.norm(work.target[j] + i * net.d, block.head_norm[j], work.target[j] + i * net.d, net.d, net.eps,
+                                   net.offset)
+            self.call.rotate(work.target[j], cosine, sine, work.turned + j * net.width, block.attention[j].m // net.d,
+                             net.d // 2)
+        start = now_ns()
+        if not store_last(cache, work.turned + net.width, work.target[2]):
+            return NOT_HALF
+        self._attend(work.turned, 1, net.heads, cache, seen_by(block, cache.n), net.scale, scratch, work.target[0])
+        self.attention_ns += now_ns() - start
+        if not self._input(work.target[0], block.sub_norm, net, work, block.attention + MOST_TOGETHER, &token):
+            return NOT_FINITE
+        self._project_shares(block.attention + MOST_TOGETHER, 1, &token, <int**>&work.out_sums, stream, &stream)
+        return DONE
+
+    cdef int _network_half(self, const network_t* net, const block_t* block, const work_t* work, float* stream) noexcept nogil:
+        # Adds to the residual stream, where it lies.
+        cdef input_t token
+        cdef Py_ssize_t worker
+        cdef double start
+        if not self._input(stream, block.ffn_norm, net, work, &block.gate, &token):
+            return NOT_FINITE
+        start = now_ns()
+        if block.listed == NULL or not self._gate_listed(block, &token, work):
+            for worker in prange(self.n_threads, num_threads=self.n_threads, schedule='static', chunksize=1):
+                self._gate_share(block, &token, worker, work, net.kind)
+        self.product_ns += now_ns() - start
+        if not self._input(work.gated, block.ffn_sub_norm, net, work, &block.down, &token):
+            return NOT_FINITE
+        if block.listed == NULL or not self._down_listed(block, &token, work, stream):
+            self._project_shares(&block.down, 1, &token, <int**>&work.down_sums, stream, &stream)
+        return DONE
 
     cdef void _project_shares(self, const matrix_t* about, Py_ssize_t n, const input_t* token, int** sums,
                               const float* added, float** target) noexcept nogil:
@@ -522,101 +733,27 @@ cdef class Steps:
             else:
                 self.call.rescale(sums[j] + first, target[j] + first, count, token.scale * about[j].scale)
 
-    def feed_forward(self, x, weight, sub_weight, float eps, float offset, Matrix gate, Matrix up, Matrix down,
-                     str activation, ListedRows listed=None):
-        """One token through the gated feed-forward network, added to itself; x float32 (1, K).
-
-        ``x + linear(rms_norm(activate(linear(a, gate)) * linear(a, up), sub_weight), down)``, a = rms_norm(x, weight);
-        without the inner norm if sub_weight is None. With `listed`, for relu2 only, rows of up and columns of down that
-        add nothing may be left out: the same values.
-        """
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be relu2, silu or gelu_tanh, got {activation!r}")
-        cdef int kind = ACTIVATIONS[activation], finite
-        cdef double start
-        cdef _View a = _contiguous(x, float32, "x", 2), w = _contiguous(weight, float32, "weight", 1), s = None
-        cdef Py_ssize_t k = gate.about.k, ffn = gate.about.m, worker
-        cdef Py_ssize_t padded = gate.about.n_tiles * gate.about.rows
-        cdef Py_ssize_t size = max(k, ffn) + 2 * padded + ffn + down.about.n_tiles * down.about.rows
-        if (up.about.k != k or up.about.m != ffn or up.about.block != gate.about.block or up.about.rows != gate.about.rows
-                or up.about.build != gate.about.build or down.about.k != ffn or down.about.m != k):
-            raise ValueError("gate and up must have the same shape and packing, and down the transposed shape")
-        if a.size(0) != 1 or a.size(1) != k or w.size(0) != k:
-            raise ValueError(f"x must have shape (1, {k}) and weight ({k},), got {x.shape} and {weight.shape}")
-        cdef const float* inner = NULL
-        if sub_weight is not None:
-            s = _contiguous(sub_weight, float32, "sub_weight", 1)
-            if s.size(0) != ffn:
-                raise ValueError(f"sub_weight must have shape ({ffn},), got {sub_weight.shape}")
-            inner = <const float*>s.buffer.buf
-        y = np.empty((1, k), float32)
-        cdef _View b = _View(y, float32, "y")
-        cdef Py_ssize_t input_size = max(input_bytes(&gate.about), input_bytes(&down.about))
-        if listed is not None:
-            if listed.ffn != ffn or listed.k != k or kind != ACTIVATE_RELU2:
-                raise ValueError("listed rows must be of this network, and its activation relu2")
-            input_size += self._listed_bytes(listed)
-        cdef char* memory = <char*>malloc(4 * size + input_size)
-        if memory == NULL:
-            raise MemoryError("no memory for the activations of a layer")
-        cdef float* normed = <float*>memory
-        cdef int* gate_sums = <int*>memory + max(k, ffn)
-        cdef int* up_sums = gate_sums + padded
-        cdef float* gated = <float*>(up_sums + padded)
-        cdef int* down_sums = <int*>(gated + ffn)
-        cdef const float* source = <const float*>a.buffer.buf
-        cdef const float* norm = <const float*>w.buffer.buf
-        cdef float* target = <float*>b.buffer.buf
-        cdef input_t token
-        cdef char* more = memory + 4 * size  # for listed rows
-        cdef char* rest = more + (self._listed_bytes(listed) if listed is not None else 0)
-        cdef int up_done = 0
-        with nogil:
-            finite = self._input(source, norm, eps, offset, normed, &gate.about, rest, &token)
-            if finite:
-                start = now_ns()
-                if listed is not None:
-                    up_done = self._gate_listed(listed, &gate.about, &up.about, &token, gate_sums, up_sums, gated, more)
-                if not up_done:
-                    for worker in prange(self.n_threads, num_threads=self.n_threads, schedule='static', chunksize=1):
-                        self._gate_share(&gate.about, &up.about, &token, worker, gate_sums, up_sums, gated, kind,
-                                         listed is None)
-                self.product_ns += now_ns() - start
-                finite = self._input(gated, inner, eps, offset, normed, &down.about, rest, &token)
-            if finite and (listed is None or not self._down_listed(listed, &down.about, &token, source, target, more)):
-                self._project_shares(&down.about, 1, &token, &down_sums, source, &target)
-        free(memory)
-        if not finite:
-            raise ValueError("x must be finite in float32, got NaN or infinity")
-        return y
-
-    cdef void _gate_share(self, const matrix_t* gate, const matrix_t* up, const input_t* token, Py_ssize_t worker,
-                          int* gate_sums, int* up_sums, float* gated, int kind, bint with_gate) noexcept nogil:
+    cdef void _gate_share(self, const block_t* block, const input_t* token, Py_ssize_t worker, const work_t* work,
+                          int kind) noexcept nogil:
         cdef Py_ssize_t first, count
-        if with_gate:  # else its sums are there
-            self._share(gate, token, worker, gate_sums, &first)
-        count = self._share(up, token, worker, up_sums, &first)
+        if block.listed == NULL:  # else the sums of the gate are there
+            self._share(&block.gate, token, worker, work.gate_sums, &first)
+        count = self._share(&block.up, token, worker, work.up_sums, &first)
         if count > 0:
-            self.call.gate(gate_sums + first, up_sums + first, gated + first, count, token.scale * gate.scale,
-                           token.scale * up.scale, kind)
+            self.call.gate(work.gate_sums + first, work.up_sums + first, work.gated + first, count,
+                           token.scale * block.gate.scale, token.scale * block.up.scale, kind)
 
-    cdef Py_ssize_t _listed_bytes(self, ListedRows listed) noexcept nogil:
-        # A list and its sums; then a token of int8, or for each thread scratch and sums of a row; 63 to align those.
-        cdef Py_ssize_t columns = listed.n_blocks * ROW_BLOCK
-        return 8 * listed.ffn + max(columns, 8 * columns * self.n_threads) + 63
-
-    cdef int _gate_listed(self, ListedRows listed, const matrix_t* gate, const matrix_t* up, const input_t* token,
-                          int* gate_sums, int* up_sums, float* gated, char* memory) noexcept nogil:
+    cdef int _gate_listed(self, const block_t* block, const input_t* token, const work_t* work) noexcept nogil:
         # The gate, and if few of its values are positive the rows of up that they meet. Returns 0 if up is still to do.
-        cdef int* rows = <int*>memory
+        cdef listed_t* listed = block.listed
+        cdef int* rows = <int*>work.listed
         cdef int* sums = rows + listed.ffn
         cdef signed char* x_q = <signed char*>(sums + listed.ffn)
-        cdef float up_scale = token.scale * up.scale
-        cdef float most = <float>(128 * up.k) * fabsf(up_scale)  # in float32, where it may overflow
+        cdef float most = <float>(128 * block.up.k) * fabsf(token.scale * block.up.scale)  # in float32, where it may overflow
         cdef Py_ssize_t worker, n
         for worker in prange(self.n_threads, num_threads=self.n_threads, schedule='static', chunksize=1):
-            self._gate_only(gate, token, worker, gate_sums)
-        n = list_positive(gate_sums, listed.ffn, token.scale * gate.scale, rows)
+            self._gate_only(&block.gate, token, worker, work.gate_sums)
+        n = list_positive(work.gate_sums, listed.ffn, token.scale * block.gate.scale, rows)
         listed.tokens += 1
         listed.up_rows += n
         # Where a row could overflow, the dense product sees whether one does, counting or not.
@@ -628,35 +765,33 @@ cdef class Steps:
         memcpy(x_q, token.x_q, listed.k)
         memset(x_q + listed.k, 0, listed.n_blocks * ROW_BLOCK - listed.k)
         for worker in prange(self.n_threads, num_threads=self.n_threads, schedule='static', chunksize=1):
-            self._up_rows(listed, worker, rows, n, x_q, token.sum, sums, up_sums, gate_sums, gated,
-                          token.scale * gate.scale, up_scale)
+            self._up_rows(block, worker, rows, n, x_q, token, sums, work)
         return 1
 
     cdef void _gate_only(self, const matrix_t* gate, const input_t* token, Py_ssize_t worker, int* sums) noexcept nogil:
         cdef Py_ssize_t first
         self._share(gate, token, worker, sums, &first)
 
-    cdef void _up_rows(self, ListedRows listed, Py_ssize_t worker, const int* rows, Py_ssize_t n, const signed char* x_q,
-                       int x_sum, int* sums, int* up_sums, const int* gate_sums, float* gated, float gate_scale,
-                       float up_scale) noexcept nogil:
+    cdef void _up_rows(self, const block_t* block, Py_ssize_t worker, const int* rows, Py_ssize_t n, const signed char* x_q,
+                       const input_t* token, int* sums, const work_t* work) noexcept nogil:
         # One thread's part of the list, and the rows from its first up to the next part's.
+        cdef const listed_t* listed = block.listed
         cdef Py_ssize_t start = n * worker // self.n_threads, end = n * (worker + 1) // self.n_threads, i
         cdef Py_ssize_t first = rows[start] if worker and start < n else (listed.ffn if worker else 0)
         cdef Py_ssize_t last = rows[end] if end < n else listed.ffn
-        memset(up_sums + first, 0, (last - first) * sizeof(int))
+        memset(work.up_sums + first, 0, (last - first) * sizeof(int))
         if end > start:
-            listed.dot(<const unsigned char*>listed.held_up.buffer.buf, listed.stride, rows + start, end - start, x_q,
-                       listed.n_blocks, x_sum, sums + start)
+            listed.dot(listed.up, listed.stride, rows + start, end - start, x_q, listed.n_blocks, token.sum, sums + start)
         for i in range(start, end):
-            up_sums[rows[i]] = sums[i]
+            work.up_sums[rows[i]] = sums[i]
         if last > first:
-            self.call.gate(gate_sums + first, up_sums + first, gated + first, last - first, gate_scale, up_scale,
-                           ACTIVATE_RELU2)
+            self.call.gate(work.gate_sums + first, work.up_sums + first, work.gated + first, last - first,
+                           token.scale * block.gate.scale, token.scale * block.up.scale, ACTIVATE_RELU2)
 
-    cdef int _down_listed(self, ListedRows listed, const matrix_t* down, const input_t* token, const float* x, float* y,
-                          char* memory) noexcept nogil:
-        # y = x + the columns of down whose activation is not zero. Returns 0 if they are too many.
-        cdef int* rows = <int*>memory
+    cdef int _down_listed(self, const block_t* block, const input_t* token, const work_t* work, float* stream) noexcept nogil:
+        # Adds the columns of down whose activation is not zero to the stream. Returns 0 if they are too many.
+        cdef listed_t* listed = block.listed
+        cdef int* rows = <int*>work.listed
         cdef int* sums = rows + listed.ffn
         cdef Py_ssize_t n = list_nonzero(token.x_q, listed.ffn, rows), size = listed.n_blocks * ROW_BLOCK, worker, j
         cdef double start
@@ -668,14 +803,13 @@ cdef class Steps:
         start = now_ns()
         sums = <int*>(<char*>sums + (-<Py_ssize_t>sums & 63))
         for worker in prange(self.n_threads, num_threads=self.n_threads, schedule='static', chunksize=1):
-            listed.add(<const unsigned char*>listed.held_down.buffer.buf, listed.stride,
-                       rows + n * worker // self.n_threads,
+            listed.add(listed.down, listed.stride, rows + n * worker // self.n_threads,
                        n * (worker + 1) // self.n_threads - n * worker // self.n_threads, token.x_q, listed.n_blocks,
                        sums + 2 * worker * size, sums + (2 * worker + 1) * size)
         for worker in range(1, self.n_threads):
             for j in range(listed.k):
                 sums[size + j] += sums[(2 * worker + 1) * size + j]
-        self.call.rescale_add(sums + size, x, y, listed.k, token.scale * down.scale)
+        self.call.rescale_add(sums + size, stream, stream, listed.k, token.scale * block.down.scale)
         self.product_ns += now_ns() - start
         return 1
 
@@ -748,7 +882,7 @@ cdef class Steps:
             raise ValueError(f"up_sums must have shape ({rows}, {m}) and x_scale ({rows}, 1), got {up_sums.shape} and "
                              f"{x_scale.shape}")
         held = []
-        cdef const float* norm = NULL if weight is None else self._vector(held, weight, "weight", m)
+        cdef const float* norm = _vector(held, weight, "weight", m)
         x_q, out_scale = np.empty((rows, m), int8), np.empty((rows, 1), float32)
         cdef _View q = _View(x_q, int8, "x_q"), o = _View(out_scale, float32, "x_scale")
         cdef int* gate = <int*>a.buffer.buf
@@ -778,19 +912,22 @@ cdef class Steps:
                          scratch, out)
 
     cdef int _cache_of(self, keys, _View b, _View c, cache_t* cache) except -1:
+        # The last three axes are (S, KV, D); of one more, this is the first layer.
+        cdef Py_ssize_t axis = b.buffer.ndim - 3
         if keys.dtype != float32 and keys.dtype != float16:
             raise TypeError(f"keys must be float32 or float16, got {keys.dtype}")
         cache.half = keys.dtype == float16
         cdef Py_ssize_t width = 2 if cache.half else 4
-        if b.buffer.strides[2] != width or c.buffer.strides[2] != width:
+        if b.buffer.strides[axis + 2] != width or c.buffer.strides[axis + 2] != width:
             raise ValueError("the values of one head must lie side by side in keys and values")
         cache.keys, cache.values = <char*>b.buffer.buf, <char*>c.buffer.buf
-        cache.n, cache.kv_heads, cache.d = b.size(0), b.size(1), b.size(2)
-        cache.k_token, cache.k_head = b.buffer.strides[0], b.buffer.strides[1]
-        cache.v_token, cache.v_head = c.buffer.strides[0], c.buffer.strides[1]
-        if c.size(0) != cache.n or c.size(1) != cache.kv_heads or c.size(2) != cache.d or not cache.kv_heads or not cache.d:
-            raise ValueError(f"keys and values must have the same shape (S, KV, D), got {keys.shape} and "
-                             f"({c.size(0)}, {c.size(1)}, {c.size(2)})")
+        cache.n, cache.kv_heads, cache.d = b.size(axis), b.size(axis + 1), b.size(axis + 2)
+        cache.k_token, cache.k_head = b.buffer.strides[axis], b.buffer.strides[axis + 1]
+        cache.v_token, cache.v_head = c.buffer.strides[axis], c.buffer.strides[axis + 1]
+        if (c.size(axis) != cache.n or c.size(axis + 1) != cache.kv_heads or c.size(axis + 2) != cache.d or not cache.kv_heads
+                or not cache.d):
+            raise ValueError(f"keys and values must have the same shape (S, KV, D), got {keys.shape[axis:]} and "
+                             f"({c.size(axis)}, {c.size(axis + 1)}, {c.size(axis + 2)})")
         return 0
 
     def attention(self, q, k, v, float scale, window=None):
@@ -807,16 +944,19 @@ cdef class Steps:
         cdef _View o = _View(out, float32, "out")
         cdef const float* queries = <const float*>a.buffer.buf
         cdef float* target = <float*>o.buffer.buf
-        cdef int done
-        with nogil:
-            done = self._attend(queries, tokens, heads, &cache, seen, scale, target)
-        if not done:
+        cdef float* scratch = <float*>malloc(self._scratch_floats(min(cache.n, seen), cache.d) * sizeof(float))
+        if scratch == NULL:
             raise MemoryError("no memory for the scores of attention")
+        with nogil:
+            self._attend(queries, tokens, heads, &cache, seen, scale, scratch, target)
+        free(scratch)
         return out
 
-    cdef int _attend(self, const float* queries, Py_ssize_t tokens, Py_ssize_t heads, const cache_t* cache, Py_ssize_t seen,
-                     float scale, float* target) noexcept nogil:
-        # Returns 0 if there is no memory for scores.
+    cdef Py_ssize_t _scratch_floats(self, Py_ssize_t seen, Py_ssize_t d) noexcept nogil:
+        return self.n_threads * STEP_ATTEND_SCRATCH(seen, d)
+
+    cdef void _attend(self, const float* queries, Py_ssize_t tokens, Py_ssize_t heads, const cache_t* cache, Py_ssize_t seen,
+                      float scale, float* scratch, float* target) noexcept nogil:
         cdef Py_ssize_t kv_heads = cache.kv_heads, d = cache.d, n = cache.n
         cdef Py_ssize_t group = heads // kv_heads, item, t, head, half_group, count, first
         cdef int n_threads = self.n_threads
@@ -826,9 +966,6 @@ cdef class Steps:
             whole = items // n_threads * n_threads
         cdef Py_ssize_t total = whole + 2 * (items - whole)
         cdef Py_ssize_t scratch_size = STEP_ATTEND_SCRATCH(min(n, seen), d)
-        cdef float* scratch = <float*>malloc(n_threads * scratch_size * sizeof(float))
-        if scratch == NULL:
-            return 0
         cdef Py_ssize_t worker
         for worker in prange(n_threads, num_threads=n_threads, schedule='static', chunksize=1):
             # Interleaved, because later tokens see more.
@@ -844,8 +981,6 @@ cdef class Steps:
                                  cache.values + head * cache.v_head, cache.v_token, n - tokens + t + 1, seen, d, cache.half,
                                  scale, scratch + worker * scratch_size, target + first * d)
                 item = item + n_threads
-        free(scratch)
-        return 1
 
     def head(self, x, raw, str type_name):
         """As reference.head.head_logits for a table of floats: x float32 (T, K) times stored rows, uint8 (V, row bytes)."""

@@ -6,11 +6,14 @@ import contextlib
 import ctypes
 import dataclasses
 import math
+import os
 import platform
+import time
 
 import numpy as np
 import pytest
 
+from bitnet_ref import kernels
 from bitnet_ref.errors import KernelUnavailable
 from bitnet_ref.formats.float_types import encode_floats
 from bitnet_ref.measure.head_cost import measure_heads
@@ -29,23 +32,33 @@ from bitnet_ref.reference.mlp import activate
 from bitnet_ref.reference.model import (
     Block,
     Steps,
+    all_blocks,
     feed_forward,
     forward,
     generate_greedy,
     linear,
     random_weights,
-    self_attention,
     ternary_weights,
 )
 from bitnet_ref.reference.norm import rms_norm
 from bitnet_ref.reference.packing import pack, schemes
 from bitnet_ref.reference.quantize import quantize_activations
 from bitnet_ref.reference.rope import frequencies, rotate, rotations
+from bitnet_ref.runtime import sparse as runtime_sparse
 from bitnet_ref.runtime.model import HEADS, PREFILL_TOKENS, BatchCache, Model
 from bitnet_ref.runtime.pages import HugePages
 from bitnet_ref.runtime.perplexity import perplexity
 from bitnet_ref.runtime.sampling import Sampler, log_softmax
-from bitnet_ref.runtime.steps import TernaryLayer, compiled_steps, load_steps, make_table, step_isas
+from bitnet_ref.runtime.steps import (
+    Blocks,
+    DecodeStep,
+    TernaryLayer,
+    apply_layer,
+    compiled_steps,
+    load_steps,
+    make_table,
+    step_isas,
+)
 
 BITNET = ModelConfig(
     architecture="test",
@@ -391,35 +404,6 @@ def test_steps_refuse_wrong_arguments():
 
 @every_isa
 @pytest.mark.parametrize("n_threads", [1, 3])
-@pytest.mark.parametrize("scheme", schemes())
-def test_fused_steps_equal_the_reference(isa, n_threads, scheme):
-    """One token through a feed-forward network of odd shapes, against the same made of the reference's parts."""
-    ops, rng = load_steps(n_threads, isa), np.random.default_rng(3)
-    shapes = ((37, 130), (37, 130), (130, 37))
-    drawn = [rng.integers(-1, 2, shape, np.int8) for shape in shapes]
-    packed = [(pack(w_q, scheme), np.float32(0.01 * i)) for i, w_q in enumerate(drawn, 1)]
-    layers = [TernaryLayer(*pair, ops, n_threads) for pair in packed]
-    x, weight, inner = normal(1, 130, scale=2), normal(130, seed=1), normal(37, seed=2)
-    for activation in ("relu2", "silu"):
-        for sub in (inner, None):
-            a = rms_norm(x, weight, 1e-5)
-            a = activate(linear(a, packed[0]), activation) * linear(a, packed[1])
-            expected = x + linear(a if sub is None else rms_norm(a, sub, 1e-5), packed[2])
-            gate, up, down = (layer.matrix for layer in layers)
-            got = ops.feed_forward(x, weight, sub, 1e-5, 0.0, gate, up, down, activation)
-            np.testing.assert_array_equal(got, expected)
-    bad = x.copy()
-    bad[0, 7] = np.nan
-    with pytest.raises(ValueError, match="x must be finite"):
-        ops.feed_forward(bad, weight, inner, 1e-5, 0.0, gate, up, down, "relu2")
-    with pytest.raises(ValueError, match="x must have shape"):
-        ops.feed_forward(normal(1, 129), weight, inner, 1e-5, 0.0, gate, up, down, "relu2")
-    with pytest.raises(ValueError, match="transposed shape"):
-        ops.feed_forward(x, weight, None, 1e-5, 0.0, gate, down, up, "relu2")
-
-
-@every_isa
-@pytest.mark.parametrize("n_threads", [1, 3])
 def test_the_gate_of_several_tokens_equals_the_reference(isa, n_threads):
     """Rows longer than the pieces of the loop, in the memory of their sums."""
     ops, rng = load_steps(n_threads, isa), np.random.default_rng(3)
@@ -445,8 +429,10 @@ def test_the_gate_of_several_tokens_equals_the_reference(isa, n_threads):
         ops.gate_quantize(gate, up, x_scale, np.inf, 0.002, "relu2", weight, 1e-5, 0.0)
 
 
+# What a decode step has a call for; "odd" has tiles that are not full in every matrix.
 FUSED = {
     "bitnet": BITNET,
+    "odd": dataclasses.replace(BITNET, hidden=130, ffn=37, heads=3, kv_heads=1, layers=3),
     "swiglu": SWIGLU,
     "qwen2": dataclasses.replace(SWIGLU, qkv_bias=True),
     "qwen3": dataclasses.replace(SWIGLU, qk_norm=True),
@@ -454,41 +440,152 @@ FUSED = {
 }
 
 
-def block_pair(config, ops, scheme="base3", seed=2):
-    """The first block's weights for the reference and for the compiled steps."""
+def weight_pair(config, ops, scheme="base3", seed=2):
+    """The same weights for the reference and for the compiled steps."""
     weights = ternary_weights(config, random_weights(config, seed))
     layers = {n: TernaryLayer(pack(w[0], scheme), w[1], ops, 1) for n, w in weights.items() if isinstance(w, tuple)}
     return weights, weights | layers
 
 
 def never(*args):
-    raise AssertionError("a fused step multiplies by itself")
+    raise AssertionError("a decode step multiplies by itself")
+
+
+def turns_at(config, cache):
+    """Of the next token, for blocks without and with a window."""
+    thetas = (config.rope_theta, config.sliding_rope_theta or config.rope_theta)
+    return dict(enumerate(rotations(cache.positions(1), frequencies(config.head_dim, theta)) for theta in thetas))
+
+
+def fused_blocks(config, weights, ops, x, cache):
+    """The residual stream behind all blocks, in one call."""
+    steps = compiled_steps(ops, DecodeStep(config, weights))
+    return steps.blocks(config, weights, x, turns_at(config, cache), cache, never, steps, None)
+
+
+def check_decode_step(config, weights, compiled, ops, dtype):
+    """Residual stream and cache of one token, behind none, some, and after the last ones were forgotten."""
+    rng = np.random.default_rng(5)
+    caches = [KVCache(config, 300, dtype) for _ in range(2)]
+    for length, forgotten in ((0, 0), (6, 0), (130, 3), (40, 0)):
+        missing = length - caches[0].length
+        if missing > 0:
+            drawn = rng.standard_normal((config.layers, 2, missing, config.kv_heads, config.head_dim), np.float32)
+            for cache in caches:
+                for layer, pair in enumerate(drawn):
+                    cache.store(layer, *pair)
+        for cache in caches:
+            cache.length = length - forgotten
+        x = normal(1, config.hidden, seed=length, scale=2)
+        kept = x.copy()
+        turns = turns_at(config, caches[0])
+        expected = all_blocks(config, weights, x, turns, caches[0], linear, Steps(), None)
+        got = fused_blocks(config, compiled, ops, x, caches[1])
+        np.testing.assert_array_equal(got, expected)
+        np.testing.assert_array_equal(x, kept)
+        for mine, other in zip(*(cache.room(1) for cache in caches), strict=True):
+            np.testing.assert_array_equal(mine, other)
 
 
 @every_isa
 @pytest.mark.parametrize("n_threads", [1, 2, 3])
 @pytest.mark.parametrize("config", FUSED.values(), ids=FUSED)
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_fused_attention_equals_the_reference(isa, n_threads, config, dtype):
-    """Residual stream and cache of one token, behind none, some, and after the last ones were forgotten."""
+def test_a_decode_step_equals_the_reference(isa, n_threads, config, dtype):
     ops = load_steps(n_threads, isa)
-    fused, rng = compiled_steps(ops), np.random.default_rng(5)
-    weights, compiled = block_pair(config, ops, schemes()[n_threads])
-    caches = [KVCache(config, 300, dtype) for _ in range(2)]
-    for length, forgotten in ((0, 0), (6, 0), (130, 3), (40, 0)):
-        if length > caches[0].length:
-            pair = rng.standard_normal((2, length - caches[0].length, config.kv_heads, config.head_dim), np.float32)
-            for cache in caches:
-                cache.store(0, *pair)
-        for cache in caches:
-            cache.length = length - forgotten
-        turns = rotations(caches[0].positions(1), frequencies(config.head_dim, 1e4))
-        x = normal(1, config.hidden, seed=length, scale=2)
-        expected = self_attention(Block(config, weights, 0, linear, Steps(), None), x, turns, caches[0])
-        got = fused.self_attention(Block(config, compiled, 0, never, fused, None), x, turns, caches[1])
+    weights, compiled = weight_pair(config, ops, schemes()[n_threads])
+    check_decode_step(config, weights, compiled, ops, dtype)
+
+
+@every_isa
+@pytest.mark.parametrize("scheme", schemes())
+def test_a_decode_step_multiplies_in_every_packing(isa, scheme):
+    for config in (FUSED["odd"], FUSED["qwen2"]):
+        ops = load_steps(2, isa)
+        weights, compiled = weight_pair(config, ops, scheme)
+        check_decode_step(config, weights, compiled, ops, np.float32)
+
+
+def test_blocks_may_differ_in_packing():
+    """And within a block what does not read the same token; so memory differs from block to block."""
+    config, ops = FUSED["odd"], load_steps(2)
+    weights, compiled = weight_pair(config, ops)
+    for scheme, names in (("tl2", ("layers.1.",)), ("i2", ("0.self_attn.o_", "0.mlp.down")), ("tl1", ("2.mlp",))):
+        other = weight_pair(config, ops, scheme)[1]
+        compiled |= {name: other[name] for name in other if any(part in name for part in names)}
+    check_decode_step(config, weights, compiled, ops, np.float32)
+
+
+def test_other_networks_take_steps_one_by_one(monkeypatch):
+    """Packings that differ where the same token is read, and rows that are cut; their logits are the same."""
+    config, ops = SWIGLU, load_steps(2)
+    weights, compiled = weight_pair(config, ops)
+    other = weight_pair(config, ops, "tl2")[1]
+    expected = forward(config, weights, [5])
+
+    def check(weights):
+        step = DecodeStep(config, weights)
+        assert step.blocks is None
+        got = forward(config, weights, [5], linear=apply_layer, steps=compiled_steps(ops, step))
         np.testing.assert_array_equal(got, expected)
-        for mine, other in zip(*(cache.room(0, 1) for cache in caches), strict=True):
-            np.testing.assert_array_equal(mine, other)
+
+    assert DecodeStep(config, compiled).blocks is not None
+    check(compiled | {name: other[name] for name in other if "1.self_attn.k_proj.weight" in name})
+    check(compiled | {name: other[name] for name in other if "1.mlp.up_proj.weight" in name})
+    monkeypatch.setattr(kernels, "SEGMENT_COLUMNS", 100)  # only those of W_down are longer
+    check(weight_pair(config, ops)[1])
+    assert DecodeStep(GEMMA, weight_pair(GEMMA, ops)[1]).blocks is None
+
+
+@pytest.mark.parametrize("config", FUSED.values(), ids=FUSED)
+def test_one_call_has_the_bits_of_the_steps_one_by_one(config):
+    """In a model; and one token passes the call only if it is alone, with the weights it was made of and no trace."""
+    model = model_of(config, n_threads=2)
+    calls = []
+
+    def counting(name, function):
+        def run(*args):
+            calls.append(name)
+            return function(*args)
+
+        return run
+
+    counted = model.with_threads(2, counting)
+    plain = counted.with_steps(dataclasses.replace(counted.steps, blocks=all_blocks))
+    caches = [model.new_cache(12) for _ in range(6)]
+    for cache in caches:
+        counted.prefill([5, 1, 7], cache)
+
+    def step(run, *arguments, **options):
+        calls.clear()
+        return run(*arguments, **options), calls.count("blocks")
+
+    expected, fused = step(plain.forward, [9], caches[0])
+    assert not fused
+    options = {"linear": counted.linear, "steps": counted.steps}
+    ways = {
+        "the model": (lambda: counted.forward([9], caches[1]), 1),
+        "a batch of one": (lambda: counted.forward([9], BatchCache(caches[2:3])), 0),
+        "a trace": (
+            lambda: forward(config, counted.weights, [9], caches[3], trace=lambda *_: None, **options),
+            0,
+        ),
+        "other weights": (lambda: forward(config, dict(counted.weights), [9], caches[4], **options), 0),
+        "another config": (
+            lambda: forward(dataclasses.replace(config), counted.weights, [9], caches[5], **options),
+            0,
+        ),
+    }
+    for name, (run, expected_calls) in ways.items():
+        got, fused = step(run)
+        assert (fused, got.tobytes()) == (expected_calls, expected.tobytes()), name
+    assert all(cache.length == 4 for cache in caches)
+    for token in (2, 8, 2):
+        expected, fused = step(plain.forward, [token], caches[0])[0], step(counted.forward, [token], caches[1])
+        assert fused[1] == 1 and fused[0].tobytes() == expected.tobytes()
+    assert step(counted.forward, [1, 2], caches[1])[1] == 0
+    with pytest.raises(TypeError, match="assignment"):
+        counted.weights["model.norm.weight"] = normal(96)
 
 
 @every_isa
@@ -496,7 +593,7 @@ def test_fused_attention_equals_the_reference(isa, n_threads, config, dtype):
 @pytest.mark.parametrize("config", FUSED.values(), ids=FUSED)
 def test_the_feed_forward_network_of_several_tokens_equals_the_reference(isa, config, scheme):
     ops = load_steps(2, isa)
-    weights, compiled = block_pair(config, ops, scheme)
+    weights, compiled = weight_pair(config, ops, scheme)
     x = normal(5, config.hidden, scale=2)
     kept = x.copy()
     expected = feed_forward(Block(config, weights, 0, linear, Steps(), None), x)
@@ -515,52 +612,163 @@ def test_a_batch_of_one_is_that_sequence():
     assert caches[1].length == 4
 
 
-def test_fused_attention_refuses_what_does_not_fit():
+def test_a_decode_step_refuses_what_does_not_fit():
     config = FUSED["qwen2"]
     ops = load_steps(2)
-    fused, turns = compiled_steps(ops), rotations(np.arange(1), frequencies(32, 1e4))
-    _, compiled = block_pair(config, ops)
-    x = normal(1, 96)
+    _, compiled = weight_pair(config, ops)
+    step = DecodeStep(config, compiled)
+    x, turns = normal(1, 96), rotations(np.arange(1), frequencies(32, 1e4))
+    keys, values = KVCache(config, 9).room(1)
 
-    def call(weights, x=x, cache=None, turns=turns):
-        return fused.self_attention(
-            Block(config, weights, 0, never, fused, None), x, turns, cache or KVCache(config, 9)
-        )
+    def call(x=x, turns=turns, sliding=turns, keys=keys, values=values):
+        return ops.blocks(step.blocks, x, turns, sliding, keys, values)
 
-    with pytest.raises(ValueError, match="x must be finite"):
-        call(compiled, np.full((1, 96), np.nan, np.float32))
-    with pytest.raises(ValueError, match="x must have shape"):
-        call(compiled, normal(1, 95))
-    with pytest.raises(ValueError, match="x must have shape"):
-        call(compiled, turns=rotations(np.arange(1), frequencies(30, 1e4)))
+    for _ in range(2):
+        call()  # nothing below is refused for another reason
+    short = rotations(np.arange(1), frequencies(30, 1e4))
+    half = keys.astype(np.float16)
+    for arguments, error, message in (
+        ({"x": normal(1, 95)}, ValueError, r"x must have shape \(1, 96\), got \(1, 95\)"),
+        ({"x": normal(2, 96)}, ValueError, "x must have shape"),
+        ({"x": x.astype(np.float64)}, TypeError, "x must be float32"),
+        ({"turns": short}, ValueError, r"cos and sin must have shape \(1, 1, 16\), got \(1, 1, 15\)"),
+        ({"sliding": short}, ValueError, "cos and sin must have shape"),
+        ({"sliding": (turns[0], short[1])}, ValueError, "cos and sin must have shape"),
+        ({"keys": keys[:1], "values": values[:1]}, ValueError, r"must have shape \(2, S, 3, 32\), got \(1, 1, 3, 32\)"),
+        ({"values": values[:1]}, ValueError, "keys and values must have shape"),
+        ({"keys": keys[:, :0], "values": values[:, :0]}, ValueError, "keys and values must have shape"),
+        ({"keys": keys[:, :, :2], "values": values[:, :, :2]}, ValueError, "keys and values must have shape"),
+        ({"keys": keys[..., :16], "values": values[..., :16]}, ValueError, "keys and values must have shape"),
+        ({"values": values[:, :, :2]}, ValueError, r"the same shape \(S, KV, D\)"),
+        ({"keys": keys[0], "values": values[0]}, ValueError, "keys must have 4 axes"),
+        ({"keys": half}, TypeError, "values must be float16, got float32"),
+        ({"keys": keys[..., ::2], "values": values[..., ::2]}, ValueError, "side by side"),
+    ):
+        with pytest.raises(error, match=message):
+            call(**arguments)
+    with pytest.raises(ValueError, match="read-only"):
+        frozen = keys.copy()
+        frozen.flags.writeable = False
+        call(keys=frozen)
+    full = KVCache(config, 2)
+    full.length = 2
     with pytest.raises(ValueError, match="the cache holds at most 2 tokens, got 3"):
-        full = KVCache(config, 2)
-        full.length = 2
-        call(compiled, cache=full)
-    other = block_pair(config, ops, "tl2")[1]
-    mixed = compiled | {name: other[name] for name in other if "k_proj.weight" in name}
-    with pytest.raises(ValueError, match="the same K and packing"):
-        call(mixed)
-    swapped = compiled | {"model.layers.0.self_attn.k_proj.weight": compiled["model.layers.0.self_attn.q_proj.weight"]}
-    with pytest.raises(ValueError, match="q, k, v and o must fit keys"):
-        call(swapped)
-    short = compiled | {"model.layers.0.self_attn.q_proj.bias": normal(5)}
-    with pytest.raises(ValueError, match=r"bias must have shape \(192,\), got \(5,\)"):
-        call(short)
-    for bad in (7e4, -np.inf, np.nan):
-        bias = compiled["model.layers.0.self_attn.v_proj.bias"].copy()
-        bias[7] = bad
-        cache = KVCache(config, 9, np.float16)
-        with pytest.raises(ValueError, match="65,504"):
-            call(compiled | {"model.layers.0.self_attn.v_proj.bias": bias}, cache=cache)
-        assert not any(held.any() for held in cache.room(0, 1))
+        full.room(1)
+
+
+def test_blocks_refuse_what_does_not_fit():
+    config = FUSED["qwen3"]
+    _, compiled = weight_pair(config, load_steps(1))
+    name = "model.layers.1.{}.weight"
+
+    def call(changes=None, **options):
+        DecodeStep(dataclasses.replace(config, **options), compiled | (changes or {}))
+
+    def matrix(tensor):
+        return compiled[name.format(tensor)]
+
+    call()
+    query, up = matrix("self_attn.q_proj"), matrix("mlp.up_proj")
+    narrow = TernaryLayer(pack(np.zeros((96, 95), np.int8), "base3"), np.float32(1), load_steps(1), 1)
+    for changes, message in (
+        ({"self_attn.k_proj": narrow}, "the same K and packing"),
+        ({"self_attn.k_proj": query}, r"q, k, v and o must fit 3 heads of 32 keys, .* got 192, 192 and 96 rows"),
+        ({"self_attn.q_proj": matrix("self_attn.v_proj")}, "q, k, v and o must fit"),
+        ({"self_attn.o_proj": query}, "q, k, v and o must fit"),
+        ({"mlp.gate_proj": matrix("self_attn.q_proj")}, "transposed shape"),
+        ({"mlp.up_proj": matrix("self_attn.q_proj")}, "transposed shape"),
+        ({"mlp.down_proj": up}, "transposed shape"),
+        ({"input_layernorm": normal(95)}, r"the norm must have shape \(96,\), got \(95,\)"),
+        ({"post_attention_layernorm": normal(97)}, "the norm must have shape"),
+        ({"self_attn.k_norm": normal(30)}, r"the norm of heads must have shape \(32,\), got \(30,\)"),
+        ({"self_attn.q_norm": normal(32).astype(np.float64)}, "the norm of heads must be float32"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            call({name.format(tensor): weight for tensor, weight in changes.items()})
+    for config, tensor, message in (
+        (FUSED["qwen2"], "self_attn.q_proj.bias", r"the bias must have shape \(192,\), got \(5,\)"),
+        (FUSED["bitnet"], "self_attn.attn_sub_norm.weight", r"the inner norm must have shape \(84,\), got \(5,\)"),
+        (FUSED["bitnet"], "mlp.ffn_sub_norm.weight", r"the inner norm must have shape \(160,\), got \(5,\)"),
+    ):
+        _, compiled = weight_pair(config, load_steps(1))
+        with pytest.raises(ValueError, match=message):
+            DecodeStep(config, compiled | {f"model.layers.1.{tensor}": normal(5)})
+    with pytest.raises(ValueError, match="activation must be relu2, silu or gelu_tanh, got 'relu'"):
+        Blocks([()], 1, 2, 1e-5, 0.0, 1.0, "relu")
+    with pytest.raises(ValueError, match="at least one block"):
+        Blocks([], 1, 2, 1e-5, 0.0, 1.0, "relu2")
+    with pytest.raises(ValueError, match="an even number of values, got 1 of 3"):
+        Blocks([()], 1, 3, 1e-5, 0.0, 1.0, "relu2")
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_an_error_leaves_the_cache_as_long_as_it_was(n_threads):
+    """Found in the first block, in a later one, and in the cache; what follows is as if it had not happened."""
+    config = FUSED["qwen2"]
+    weights = ternary_weights(config, random_weights(config, 2))
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"].copy()
+    weights["model.embed_tokens.weight"][7, 3] = np.inf  # a word that cannot be read
+    good = Model.from_weights(config, weights, head="f32", n_threads=n_threads)
+    cache, untouched = good.new_cache(9), good.new_cache(9)
+    for held in (cache, untouched):
+        good.prefill([5, 1], held)
+    with pytest.raises(ValueError, match=r"^x must be finite in float32, got NaN or infinity$"):
+        good.forward([7], cache)
+    assert cache.length == 2
+    np.testing.assert_array_equal(good.forward([4], cache), good.forward([4], untouched))
+    for tensor, bad, kept, message in (
+        ("post_attention_layernorm.weight", np.nan, "f32", "x must be finite"),
+        ("self_attn.q_proj.bias", np.inf, "f32", "x must be finite"),
+        ("self_attn.v_proj.bias", np.nan, "f32", "x must be finite"),
+        (
+            "self_attn.v_proj.bias",
+            7e4,
+            "f16",
+            "keys and values must be within 65,504 to be kept as float16, got larger",
+        ),
+        ("self_attn.v_proj.bias", -np.inf, "f16", "65,504"),
+        ("self_attn.k_proj.bias", np.nan, "f16", "65,504"),
+    ):
+        for layer in range(2):
+            name = f"model.layers.{layer}.{tensor}"
+            value = weights[name].copy()
+            value[7] = bad
+            model = Model.from_weights(config, weights | {name: value}, head="f32", n_threads=n_threads, cache=kept)
+            cache = model.new_cache(9)
+            drawn = normal(config.layers, 2, 3, 3, 32)
+            for i, pair in enumerate(drawn):
+                cache.store(i, *pair)
+            cache.length = 3
+            with pytest.raises(ValueError, match=message):
+                model.forward([5], cache)
+            assert cache.length == 3
+            for held, put in zip(cache.room(0), (drawn[:, 0], drawn[:, 1]), strict=True):
+                np.testing.assert_array_equal(held, put.astype(held.dtype))
+            if kept == "f16":  # nothing is stored of what it refuses
+                assert not any(held[layer:, 3].any() for held in cache.room(1))
+
+
+@pytest.mark.skipif(
+    "asan" in os.environ.get("LD_PRELOAD", ""), reason="the sanitiser ends a program that asks for so much"
+)
+def test_memory_for_scores_that_is_not_there():
+    """The same tokens 2^44 times over."""
+    config, ops = FUSED["swiglu"], load_steps(2)
+    step = DecodeStep(config, weight_pair(config, ops)[1])
+    turns = rotations(np.arange(1), frequencies(32, 1e4))
+    one = np.zeros((2, 1, 3, 32), np.float32)
+    many = np.lib.stride_tricks.as_strided(one, (2, 1 << 44, 3, 32), (one.strides[0], 0, *one.strides[2:]))
+    with pytest.raises(MemoryError, match=r"^no memory for the scores of attention$"):
+        ops.blocks(step.blocks, normal(1, 96), turns, turns, many, many)
+    with pytest.raises(MemoryError, match=r"^no memory for the scores of attention$"):
+        ops.attention(normal(1, 6, 32), many[0], many[0], 1.0)
 
 
 def test_every_float16_comes_out_of_the_cache_as_it_went_in():
-    """Stored by the fused step: each finite value, what lies between two, halves to even, subnormals."""
-    config = dataclasses.replace(FUSED["qwen2"], head_dim=2048, heads=1, kv_heads=1, hidden=32)
+    """Stored by a decode step: each finite value, what lies between two, halves to even, subnormals."""
+    config = dataclasses.replace(FUSED["qwen2"], head_dim=2048, heads=1, kv_heads=1, hidden=32, layers=1)
     ops = load_steps(1)
-    fused, (_, compiled) = compiled_steps(ops), block_pair(config, ops)
+    _, compiled = weight_pair(config, ops)
     finite = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
     between = (finite[:-1] + finite[1:]) / 2
     values = np.concatenate((finite, between, np.nextafter(between, 0), np.nextafter(between, 9e9), [65519.0, 1e-30]))
@@ -569,13 +777,12 @@ def test_every_float16_comes_out_of_the_cache_as_it_went_in():
     values.resize(-(-len(values) // 2048) * 2048)
     zero = {f"model.layers.0.self_attn.v_proj.{part}": part for part in ("weight", "bias")}
     layer = TernaryLayer(pack(np.zeros((2048, 32), np.int8), "base3"), np.float32(1), ops, 1)
-    turns = rotations(np.zeros(1, int), frequencies(2048, 1e4))
     for part in values.reshape(-1, 2048):
         cache = KVCache(config, 1, np.float16)
         held = dict(zip(zero, (layer, part), strict=True))
-        fused.self_attention(Block(config, compiled | held, 0, never, fused, None), normal(1, 32), turns, cache)
+        fused_blocks(config, compiled | held, ops, normal(1, 32), cache)
         expected = (0 + part).astype(np.float16)  # the sum with a bias leaves no minus 0
-        np.testing.assert_array_equal(cache.room(0, 1)[1].view(np.uint16)[0, 0], expected.view(np.uint16))
+        np.testing.assert_array_equal(cache.room(1)[1].view(np.uint16)[0, 0, 0], expected.view(np.uint16))
 
 
 def test_a_cache_grows_with_its_tokens():
@@ -602,9 +809,9 @@ def test_a_cache_reserves_what_is_asked_for():
     for asked, expected in ((90, 128), (300, 300), (310, 375), (700, 700), (800, 1000), (5000, 1000)):
         cache.reserve(asked)
         assert cache._keys.shape[1] == cache._values.shape[1] == expected
-    keys, values = cache.room(0, 0)
-    np.testing.assert_array_equal(keys, k)
-    np.testing.assert_array_equal(values, -k)
+    keys, values = cache.room(0)
+    np.testing.assert_array_equal(keys[0], k)
+    np.testing.assert_array_equal(values[0], -k)
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
@@ -781,8 +988,38 @@ def test_with_threads_shares_weights():
     assert other.n_threads == 2 and model.n_threads == 1
     np.testing.assert_array_equal(other.logits([1, 2]), model.logits([1, 2]))
     assert names.count("product") == 2 * 7 and names.count("head") == 1 and names.count("attention") == 2
+    names.clear()
+    np.testing.assert_array_equal(other.forward([1]), model.forward([1]))
+    assert names == ["blocks", "rms_norm", "head"]
     name = "model.layers.0.mlp.up_proj.weight"
     assert other.weights[name].w_packed is model.weights[name].w_packed
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_time_inside_of_a_decode_step_is_told(monkeypatch, sparse):
+    """Products and attention are positive, and part of the one call; asking again gives nothing."""
+    monkeypatch.setattr(runtime_sparse, "SPARSE_FROM", dict.fromkeys(kernels.ISAS, (0.0, 0.0)))
+    spent = []
+
+    def wrap(name, function):
+        def run(*args):
+            start = time.perf_counter_ns()
+            result = function(*args)
+            if name == "blocks":
+                spent.append(time.perf_counter_ns() - start)
+            return result
+
+        return run
+
+    other = model_of(BITNET, n_threads=2, sparse=sparse).with_threads(2, wrap)
+    cache = other.new_cache(9)
+    other.forward([1], cache)
+    first = other.take_inner_ns()
+    assert set(first) == {"product", "attention"} and min(first.values()) > 0 and sum(first.values()) < spent[0]
+    assert not any(other.take_inner_ns().values())
+    for token in (2, 3, 4):
+        other.forward([token], cache)
+    assert 0 < sum(other.take_inner_ns().values()) < sum(spent[1:]) and len(spent) == 4
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from bitnet_ref.reference.quantize import quantize_activations
 from bitnet_ref.runtime import sparse as runtime_sparse
 from bitnet_ref.runtime.load import load
 from bitnet_ref.runtime.pages import huge_array
-from bitnet_ref.runtime.steps import TernaryLayer, load_steps, step_isas
+from bitnet_ref.runtime.steps import Blocks, TernaryLayer, load_steps, step_isas
 
 SHAPES = [(1, 1), (3, 319), (4, 320), (5, 321), (33, 645), (70, 2560)]
 
@@ -343,45 +343,67 @@ def test_few_and_all_gates(positive, sign):
     x = np.abs(rng.standard_normal((1, 96), np.float32)) + 1
     w_gate = np.full((160, 96), -sign, np.int8)
     w_gate[rng.permutation(160)[:positive]] *= -1
-    matrices, listed = network(rng, w_gate, rng.integers(-1, 2, (160, 96), np.int8), gate_scale=0.01 * sign)
-    weight, inner = np.ones(96, np.float32), rng.standard_normal(160, np.float32)
-    dense = ops.feed_forward(x, weight, inner, 1e-5, 0.0, *matrices, "relu2")
-    assert ops.feed_forward(x, weight, inner, 1e-5, 0.0, *matrices, "relu2", listed).tobytes() == dense.tobytes()
+    inner = rng.standard_normal(160, np.float32)
+    dense, by_rows, listed = networks(w_gate, rng.integers(-1, 2, (160, 96), np.int8), inner, gate_scale=0.01 * sign)
+    expected = through(ops, dense, x)
+    assert through(ops, by_rows, x).tobytes() == expected.tobytes()
     counts = listed.take_counts()
     assert counts["up_rows"] == positive and counts["up_listed"] == counts["down_listed"] == 1
-    assert (dense != x).any() == (positive > 0)
+    assert (expected != x).any() == (positive > 0)
 
 
 def test_a_row_that_overflows_is_seen_though_it_does_not_count():
     rng = np.random.default_rng(8)
-    ops = load_steps(1)
+    ops = load_steps(2)
     x = np.abs(rng.standard_normal((1, 96), np.float32)) + 1
     w_gate = np.where(np.arange(160) % 2, 1, -1).astype(np.int8)[:, None].repeat(96, 1)
     w_up = np.where(w_gate > 0, 0, 1).astype(np.int8)  # only where the gate is negative
-    weight, inner = np.ones(96, np.float32), np.ones(160, np.float32)
     for up_scale, finite in ((1e33, True), (1e38, False)):
-        matrices, listed = network(rng, w_gate, w_up, up_scale=up_scale)
-        for rows in (None, listed):
+        *both, listed = networks(w_gate, w_up, np.ones(160, np.float32), up_scale=up_scale)
+        for blocks in both:
             if finite:
-                ops.feed_forward(x, weight, inner, 1e-5, 0.0, *matrices, "relu2", rows)
+                through(ops, blocks, x)
             else:
                 with pytest.raises(ValueError, match="x must be finite"):
-                    ops.feed_forward(x, weight, inner, 1e-5, 0.0, *matrices, "relu2", rows)
+                    through(ops, blocks, x)
         assert listed.take_counts()["up_listed"] == finite
 
 
-def network(rng, w_gate, w_up, gate_scale=0.01, up_scale=0.01):
-    """The three matrices of a network, and its rows, always read by lists."""
-    w_down = rng.integers(-1, 2, w_up.shape[::-1], np.int8)
+def networks(w_gate, w_up, inner, gate_scale=0.01, up_scale=0.01, activation="relu2", listed=None):
+    """One feed-forward network behind an attention that adds nothing, read whole and always by lists; and the lists."""
+    (ffn, hidden), rng = w_up.shape, np.random.default_rng(9)
+    w_down = rng.integers(-1, 2, (hidden, ffn), np.int8)
     ops = load_steps(1)
-    layers = [
-        TernaryLayer(br.pack(w, "base3"), np.float32(scale), ops, 1)
-        for w, scale in ((w_gate, gate_scale), (w_up, up_scale), (w_down, 0.01))
+    nothing = [(np.zeros(shape, np.int8), 1) for shape in (*[(2, hidden)] * 3, (hidden, 2))]
+    matrices = [
+        TernaryLayer(br.pack(w, "base3"), np.float32(scale), ops, 1).matrix
+        for w, scale in (*nothing, (w_gate, gate_scale), (w_up, up_scale), (w_down, 0.01))
     ]
-    dot, add = (kernels.select(op, "base3r").capsules()[0] for op in ("dotrows", "addrows"))
-    by_rows = [br.pack(np.ascontiguousarray(w), "base3r").data for w in (w_up, w_down.T)]
-    listed = runtime_sparse.ListedRows(dot, add, *by_rows, w_up.shape[1], len(w_up), len(w_up))
-    return [layer.matrix for layer in layers], listed
+    if listed is None:
+        dot, add = (kernels.select(op, "base3r").capsules()[0] for op in ("dotrows", "addrows"))
+        by_rows = [br.pack(np.ascontiguousarray(w), "base3r").data for w in (w_up, w_down.T)]
+        listed = runtime_sparse.ListedRows(dot, add, *by_rows, hidden, ffn, ffn)
+    norms = (np.ones(hidden, np.float32), None, np.ones(hidden, np.float32), inner)
+    dense, sparse = (
+        Blocks([(matrices, norms, None, None, None, rows)], 1, 2, 1e-5, 0.0, 1.0, activation) for rows in (None, listed)
+    )
+    return dense, sparse, listed
+
+
+def through(ops, blocks, x):
+    """The network's output, added to its input."""
+    turns = np.ones((1, 1, 1), np.float32), np.zeros((1, 1, 1), np.float32)
+    return ops.blocks(blocks, x, turns, turns, *np.zeros((2, 1, 1, 1, 2), np.float32))
+
+
+def test_lists_must_be_of_the_network():
+    w, inner = np.ones((160, 96), np.int8), np.ones(160, np.float32)
+    with pytest.raises(ValueError, match="listed rows must be of this network, and its activation relu2"):
+        networks(w, w, inner, activation="silu")
+    with pytest.raises(ValueError, match="listed rows must be of this network"):
+        networks(w, w, inner, listed=networks(w[:, :95], w[:, :95], inner)[2])
+    with pytest.raises(ValueError, match="listed rows must be of this network"):
+        networks(w, w, inner, listed=networks(w[:159], w[:159], inner[:159])[2])
 
 
 @pytest.mark.parametrize("isa", step_isas())

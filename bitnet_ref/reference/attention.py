@@ -86,17 +86,17 @@ class KVCache:
         """Count the `t` tokens that every layer has stored."""
         self.length += t
 
-    def room(self, layer: int, t: int) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and values of one layer with room for T tokens behind the `length` that the cache holds.
+    def room(self, t: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values of all layers with room for T tokens behind the `length` that the cache holds.
 
         Parameters
         ----------
-        layer, t : int
+        t : int
 
         Returns
         -------
-        k, v : ndarray of shape (length + T, KV, D), of the cache's dtype
-            Views; the last T rows are to be filled.
+        k, v : ndarray of shape (layers, length + T, KV, D), of the cache's dtype
+            Views; the last T rows of each layer are to be filled.
 
         Raises
         ------
@@ -107,7 +107,7 @@ class KVCache:
         if end > self.capacity:
             raise ValueError(f"the cache holds at most {self.capacity} tokens, got {end}")
         self.reserve(end)
-        return self._keys[layer, :end], self._values[layer, :end]
+        return self._keys[:, :end], self._values[:, :end]
 
     def store(self, layer: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Put T tokens behind the `length` that the cache holds; :meth:`advance` then counts them.
@@ -126,7 +126,7 @@ class KVCache:
             raise ValueError(
                 f"keys and values must be within {_FLOAT16_MAX:,.0f} to be kept as float16, got larger ones"
             )
-        keys, values = self.room(layer, len(k))
+        keys, values = (held[layer] for held in self.room(len(k)))
         keys[self.length :] = k
         values[self.length :] = v
         return keys, values

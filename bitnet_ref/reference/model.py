@@ -41,6 +41,7 @@ __all__ = [
     "BLOCK_STEPS",
     "Block",
     "Steps",
+    "all_blocks",
     "feed_forward",
     "forward",
     "generate_greedy",
@@ -189,6 +190,33 @@ def feed_forward(block: Block, x: np.ndarray) -> np.ndarray:
     return block.note("out", x + a)
 
 
+def all_blocks(
+    config: ModelConfig,
+    weights: Weights,
+    x: np.ndarray,
+    turns: Mapping[bool, tuple[np.ndarray, np.ndarray]],
+    cache: KVCache,
+    linear: Linear,
+    steps: Steps,
+    trace: Trace | None,
+) -> np.ndarray:
+    """The residual stream (T, hidden) after all blocks; `cache` gets keys and values of its tokens, not yet counted.
+
+    Parameters
+    ----------
+    config, weights, cache, linear, steps, trace
+        As in :func:`forward`.
+    x : ndarray of shape (T, hidden), float32
+    turns : mapping of bool to (cos, sin)
+        For blocks without (False) and with a sliding window, as in :func:`self_attention`.
+    """
+    for i in range(config.layers):
+        block = Block(config, weights, i, linear, steps, trace)
+        x = self_attention(block, x, turns[config.window(i) is not None], cache)
+        x = steps.feed_forward(block, x)
+    return x
+
+
 @dataclass(frozen=True)
 class Steps:
     """What :func:`forward` computes with beside the linear layers; the fields are the reference's own functions.
@@ -202,8 +230,8 @@ class Steps:
     attention: Callable[..., np.ndarray] = attention
     activate: Callable[..., np.ndarray] = activate
     head: Callable[..., np.ndarray] = head_logits
-    self_attention: Callable[[Block, np.ndarray, tuple[np.ndarray, np.ndarray], KVCache], np.ndarray] = self_attention
     feed_forward: Callable[[Block, np.ndarray], np.ndarray] = feed_forward
+    blocks: Callable[..., np.ndarray] = all_blocks
 
 
 _REFERENCE = Steps()
@@ -273,11 +301,7 @@ def forward(
     if config.embedding_scale != 1:
         x = x * np.float32(config.embedding_scale)
     note("embedding", x)
-    turns = _turns(config, positions)
-    for i in range(config.layers):
-        block = Block(config, weights, i, linear, steps, trace)
-        x = steps.self_attention(block, x, turns[config.window(i) is not None], cache)
-        x = steps.feed_forward(block, x)
+    x = steps.blocks(config, weights, x, _turns(config, positions), cache, linear, steps, trace)
     cache.advance(t)
     x = steps.rms_norm(x, weights["model.norm.weight"], config.norm_eps, config.norm_offset)
     note("final_norm", x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from bitnet_ref.reference.packing import PackedTernary, pack
 from bitnet_ref.runtime.pages import HugePages
 from bitnet_ref.runtime.sparse import check_sparse, listed_rows
 from bitnet_ref.runtime.steps import (
+    DecodeStep,
     TernaryLayer,
     TiedTable,
     apply_layer,
@@ -135,11 +136,15 @@ class Model:
         self._isa = isa
         self._ops: Any = load_steps(n_threads, isa)
         self.linear: Callable[[np.ndarray, Any], np.ndarray] = apply_layer
-        self.weights = {
-            name: self._prepared(name, weights[name], shape) for name, shape in config.tensor_shapes().items()
-        }
+        # Read-only, since a decode step keeps what it found in it.
+        self.weights: Mapping[str, Any] = MappingProxyType(
+            {name: self._prepared(name, weights[name], shape) for name, shape in config.tensor_shapes().items()}
+        )
         self._listed = listed_rows(config, self.weights) if sparse else None
-        self.steps = compiled_steps(self._ops, self._listed)
+        self.steps = self._compiled_steps()
+
+    def _compiled_steps(self) -> Steps:
+        return compiled_steps(self._ops, DecodeStep(self.config, self.weights, self._listed))
 
     def _prepared(self, name: str, weight: Any, shape: tuple[int, ...]) -> Any:
         """A weight as the network takes it."""
@@ -256,13 +261,15 @@ class Model:
             names = [name for name in dir(ops) if not name.startswith(("_", "take_"))]
             other._ops = SimpleNamespace(**{name: wrap(name, getattr(ops, name)) for name in names})
             other.take_inner_ns = ops.take_inner_ns
-        other.steps = compiled_steps(other._ops, self._listed)
-        other.weights = {
-            name: TernaryLayer(w.w_packed, w.w_scale, other._ops, other.n_threads, wrap)
-            if isinstance(w, TernaryLayer)
-            else w
-            for name, w in self.weights.items()
-        }
+        other.weights = MappingProxyType(
+            {
+                name: TernaryLayer(w.w_packed, w.w_scale, other._ops, other.n_threads, wrap)
+                if isinstance(w, TernaryLayer)
+                else w
+                for name, w in self.weights.items()
+            }
+        )
+        other.steps = other._compiled_steps()
         return other
 
     @property
@@ -274,7 +281,7 @@ class Model:
         """The same weights, not copied; reads all rows."""
         other = copy.copy(self)
         other._listed = None
-        other.steps = compiled_steps(other._ops)
+        other.steps = other._compiled_steps()
         return other
 
     def take_sparse_counts(self) -> dict[str, int]:

@@ -18,13 +18,14 @@ import numpy as np
 from bitnet_ref import kernels
 from bitnet_ref._native import _table
 from bitnet_ref._native import matmul as _matmul
-from bitnet_ref._native.decoder_ops import ListedRows, Matrix
+from bitnet_ref._native.decoder_ops import Blocks, ListedRows, Matrix
 from bitnet_ref._native.decoder_ops import Steps as CompiledSteps
 from bitnet_ref.errors import KernelUnavailable
 from bitnet_ref.kernels import ISAS
 from bitnet_ref.reference import model as network
 from bitnet_ref.reference.attention import KVCache
 from bitnet_ref.reference.attention import attention as reference_attention
+from bitnet_ref.reference.config import ModelConfig
 from bitnet_ref.reference.head import GROUP_ROWS, TABLE_TYPES, FloatTable, GroupedTable, head_logits
 from bitnet_ref.reference.matmul import checked_scale
 from bitnet_ref.reference.model import Block, Steps
@@ -32,6 +33,8 @@ from bitnet_ref.reference.model import linear as reference_linear
 from bitnet_ref.reference.packing import PackedTernary, get_scheme
 
 __all__ = [
+    "Blocks",
+    "DecodeStep",
     "ListedRows",
     "TernaryLayer",
     "TiedTable",
@@ -73,15 +76,79 @@ def load_steps(n_threads: int | None = None, isa: str | None = None) -> Compiled
     return CompiledSteps(_capsule(isa), kernels.resolve_threads(n_threads))
 
 
-def compiled_steps(ops: CompiledSteps, listed: Mapping[int, ListedRows] | None = None) -> Steps:
+class DecodeStep:
+    """What one token of one sequence passes in a single call: the blocks of one network.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    weights : mapping of str to TernaryLayer and others, by the names of ``config.tensor_shapes()``
+        They must not be changed afterwards.
+    listed : mapping of int to ListedRows, optional
+        For a block by its index, the rows of its feed-forward network that may be read singly
+        (:mod:`bitnet_ref.runtime.sparse`).
+
+    Attributes
+    ----------
+    blocks : Blocks or None
+        None if the steps must be taken one by one: norms behind the layers, layers that are not ternary, rows that are
+        cut, matrices that read the same token in different packings.
+    """
+
+    def __init__(
+        self, config: ModelConfig, weights: Mapping[str, Any], listed: Mapping[int, ListedRows] | None = None
+    ) -> None:
+        self.config = config
+        self.weights = weights
+        blocks = [self._block(i, None if listed is None else listed[i]) for i in range(config.layers)]
+        self.blocks: Blocks | None = None
+        if not config.post_norms and all(block is not None for block in blocks):
+            self.blocks = Blocks(
+                blocks,
+                config.kv_heads,
+                config.head_dim,
+                config.norm_eps,
+                config.norm_offset,
+                config.score_scale,
+                config.activation,
+            )
+
+    def _block(self, index: int, listed: ListedRows | None) -> tuple[Any, ...] | None:
+        """One block as :class:`Blocks` takes it; None if it cannot be."""
+        config = self.config
+        block = Block(config, self.weights, index, apply_layer, Steps(), None)
+        layers = [block.weight(name) for name in _MATRICES]
+        if not all(isinstance(layer, TernaryLayer) and layer.matrix is not None for layer in layers):
+            return None
+        packings = [layer.w_packed.scheme for layer in layers]
+        if len(set(packings[:3])) > 1 or packings[4] != packings[5]:  # q, k and v; gate and up
+            return None
+        return (
+            [layer.matrix for layer in layers],
+            (
+                block.weight("input_layernorm"),
+                block.weight("self_attn.attn_sub_norm") if config.sub_norm else None,
+                block.weight("post_attention_layernorm"),
+                block.weight("mlp.ffn_sub_norm") if config.sub_norm else None,
+            ),
+            tuple(block.bias(f"self_attn.{name}_proj") for name in "qkv") if config.qkv_bias else None,
+            tuple(block.weight(f"self_attn.{name}_norm") for name in "qk") if config.qk_norm else None,
+            config.window(index),
+            listed,
+        )
+
+
+_MATRICES = (*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down")))
+
+
+def compiled_steps(ops: CompiledSteps, step: DecodeStep | None = None) -> Steps:
     """The compiled steps as :class:`bitnet_ref.reference.model.Steps`.
 
     Parameters
     ----------
     ops : CompiledSteps
-    listed : mapping of int to ListedRows, optional
-        For a block by its index, the rows of its feed-forward network that may be read singly
-        (:mod:`bitnet_ref.runtime.sparse`).
+    step : DecodeStep, optional
+        Blocks that one token passes in a single call, if it is of this network; all others go step by step.
     """
 
     def attention(
@@ -100,50 +167,14 @@ def compiled_steps(ops: CompiledSteps, listed: Mapping[int, ListedRows] | None =
             return ops.grouped_head(x, table.data, table.type, table.rows)
         return ops.head(x, table.raw, table.type) if isinstance(table, FloatTable) else plain_head(x, table)
 
-    def matrices(block: Block, x: np.ndarray, *tensors: str) -> tuple[Matrix, ...]:
-        """What fused steps multiply by; nothing if they must not be fused: several tokens, a trace, other layers."""
-        if len(x) > 1 or block.trace is not None:
-            return ()
-        layers = [block.weight(tensor) for tensor in tensors]
-        found = tuple(layer.matrix for layer in layers if isinstance(layer, TernaryLayer) and layer.matrix is not None)
-        return found if len(found) == len(tensors) else ()
-
-    def self_attention(block: Block, x: np.ndarray, turns: tuple[np.ndarray, np.ndarray], cache: KVCache) -> np.ndarray:
-        config = block.config
-        alone = isinstance(cache, KVCache) and not config.post_norms  # a batch of one has a cache of another kind
-        found = matrices(block, x, *(f"self_attn.{name}_proj" for name in "qkvo")) if alone else ()
-        if not found:
-            return network.self_attention(block, x, turns, cache)
-        return ops.self_attention(
-            x,
-            block.weight("input_layernorm"),
-            block.weight("self_attn.attn_sub_norm") if config.sub_norm else None,
-            config.norm_eps,
-            config.norm_offset,
-            found,
-            tuple(block.bias(f"self_attn.{name}_proj") for name in "qkv") if config.qkv_bias else None,
-            tuple(block.weight(f"self_attn.{name}_norm") for name in "qk") if config.qk_norm else None,
-            turns,
-            *cache.room(block.index, 1),
-            config.score_scale,
-            config.window(block.index),
-        )
-
     def feed_forward(block: Block, x: np.ndarray) -> np.ndarray:
         config = block.config
-        names = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-        layers = [block.weight(name) for name in names]
+        layers = [block.weight(name) for name in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")]
         if config.post_norms or block.trace is not None or not all(isinstance(w, TernaryLayer) for w in layers):
             return network.feed_forward(block, x)
+        gate, up, down = layers
         weight = block.weight("post_attention_layernorm")
         inner = block.weight("mlp.ffn_sub_norm") if config.sub_norm else None
-        found = matrices(block, x, *names)
-        if found:
-            rows = None if listed is None else listed[block.index]
-            return ops.feed_forward(
-                x, weight, inner, config.norm_eps, config.norm_offset, *found, config.activation, rows
-            )
-        gate, up, down = layers
         x_q, x_scale = ops.quantize(ops.rms_norm(x, weight, config.norm_eps, config.norm_offset))
         x_q, x_scale = ops.gate_quantize(
             gate.sums(x_q), up.sums(x_q), x_scale, gate.w_scale, up.w_scale, config.activation, inner,
@@ -151,14 +182,31 @@ def compiled_steps(ops: CompiledSteps, listed: Mapping[int, ListedRows] | None =
         )  # fmt: skip
         return x + ops.rescale(down.sums(x_q), x_scale, down.w_scale)
 
+    def blocks(
+        config: ModelConfig,
+        weights: Mapping[str, Any],
+        x: np.ndarray,
+        turns: Mapping[bool, tuple[np.ndarray, np.ndarray]],
+        cache: KVCache,
+        linear: Callable[[np.ndarray, Any], np.ndarray],
+        steps: Steps,
+        trace: Any,
+    ) -> np.ndarray:
+        alone = (
+            len(x) == 1 and isinstance(cache, KVCache) and trace is None
+        )  # a batch of one has a cache of another kind
+        if not alone or step is None or step.blocks is None or config is not step.config or weights is not step.weights:
+            return network.all_blocks(config, weights, x, turns, cache, linear, steps, trace)
+        return ops.blocks(step.blocks, x, turns[False], turns[True], *cache.room(1))
+
     return Steps(
         rms_norm=ops.rms_norm,
         rotate=ops.rotate,
         attention=attention,
         activate=ops.activate,
         head=head,
-        self_attention=self_attention,
         feed_forward=feed_forward,
+        blocks=blocks,
     )
 
 
@@ -263,7 +311,7 @@ class TernaryLayer:
         self.w_packed = w_packed
         self.w_scale = checked_scale(w_scale)
         self._ops = ops
-        # What the fused steps of one token multiply by; longer rows are cut, which only the general product does.
+        # What a decode step multiplies by; longer rows are cut, which only the general product does.
         self.matrix: Matrix | None = None
         if k <= kernels.SEGMENT_COLUMNS:
             capsules = kernels.select("gemv", w_packed.scheme).capsules()

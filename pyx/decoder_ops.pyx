@@ -668,7 +668,7 @@ cdef class Steps:
         # Adds to the residual stream, where it lies.
         cdef Py_ssize_t i, j
         cdef input_t token
-        cdef float* turned
+        cdef const float* heads
         cdef double start
         if not self._input(stream, block.norm, net, work, block.attention, &token):
             return NOT_FINITE
@@ -678,12 +678,12 @@ cdef class Steps:
                 for i in range(block.attention[j].m):
                     work.target[j][i] += block.bias[j][i]
         for j in range(2):
+            heads = work.target[j]
             if block.head_norm[j] != NULL:
                 for i in range(block.attention[j].m // net.d):
-                    self.call.norm(work.target[j] + i * net.d, block.head_norm[j], work.target[j] + i * net.d, net.d, net.eps,
-                                   net.offset)
-            self.call.rotate(work.target[j], cosine, sine, work.turned + j * net.width, block.attention[j].m // net.d,
-                             net.d // 2)
+                    self.call.norm(heads + i * net.d, block.head_norm[j], work.normed + i * net.d, net.d, net.eps, net.offset)
+                heads = work.normed
+            self.call.rotate(heads, cosine, sine, work.turned + j * net.width, block.attention[j].m // net.d, net.d // 2)
         start = now_ns()
         if not store_last(cache, work.turned + net.width, work.target[2]):
             return NOT_HALF
@@ -703,8 +703,11 @@ cdef class Steps:
             return NOT_FINITE
         start = now_ns()
         if block.listed == NULL or not self._gate_listed(block, &token, work):
-            for worker in prange(self.n_threads, num_threads=self.n_threads, schedule='static', chunksize=1):
-                self._gate_share(block, &token, worker, work, net.kind)
+            if self.n_threads == 1:
+                self._gate_share(block, &token, 0, work, net.kind)
+            else:
+                for worker in prange(self.n_threads, num_threads=self.n_threads, schedule='static', chunksize=1):
+                    self._gate_share(block, &token, worker, work, net.kind)
         self.product_ns += now_ns() - start
         if not self._input(work.gated, block.ffn_sub_norm, net, work, &block.down, &token):
             return NOT_FINITE
@@ -716,8 +719,11 @@ cdef class Steps:
                               const float* added, float** target) noexcept nogil:
         cdef double start = now_ns()
         cdef Py_ssize_t worker
-        for worker in prange(self.n_threads, num_threads=self.n_threads, schedule='static', chunksize=1):
-            self._project_share(about, n, token, worker, sums, added, target)
+        if self.n_threads == 1:  # and no OpenMP: a team of one, too, costs 0.7 microseconds
+            self._project_share(about, n, token, 0, sums, added, target)
+        else:
+            for worker in prange(self.n_threads, num_threads=self.n_threads, schedule='static', chunksize=1):
+                self._project_share(about, n, token, worker, sums, added, target)
         self.product_ns += now_ns() - start
 
     cdef void _project_share(self, const matrix_t* about, Py_ssize_t n, const input_t* token, Py_ssize_t worker, int** sums,
@@ -957,30 +963,34 @@ cdef class Steps:
 
     cdef void _attend(self, const float* queries, Py_ssize_t tokens, Py_ssize_t heads, const cache_t* cache, Py_ssize_t seen,
                       float scale, float* scratch, float* target) noexcept nogil:
+        cdef Py_ssize_t worker
+        if self.n_threads == 1:
+            self._attend_share(queries, tokens, heads, cache, seen, scale, 0, scratch, target)
+        else:
+            for worker in prange(self.n_threads, num_threads=self.n_threads, schedule='static', chunksize=1):
+                self._attend_share(queries, tokens, heads, cache, seen, scale, worker, scratch, target)
+
+    cdef void _attend_share(self, const float* queries, Py_ssize_t tokens, Py_ssize_t heads, const cache_t* cache,
+                            Py_ssize_t seen, float scale, Py_ssize_t worker, float* scratch, float* target) noexcept nogil:
         cdef Py_ssize_t kv_heads = cache.kv_heads, d = cache.d, n = cache.n
-        cdef Py_ssize_t group = heads // kv_heads, item, t, head, half_group, count, first
-        cdef int n_threads = self.n_threads
+        cdef Py_ssize_t group = heads // kv_heads, item = worker, t, head, half_group, count, first
         # Threads share the key/value heads of each token; those that are left over are cut in two, by their query heads.
         cdef Py_ssize_t items = tokens * kv_heads, whole = items
-        if items % n_threads and group % 2 == 0:
-            whole = items // n_threads * n_threads
+        if items % self.n_threads and group % 2 == 0:
+            whole = items // self.n_threads * self.n_threads
         cdef Py_ssize_t total = whole + 2 * (items - whole)
-        cdef Py_ssize_t scratch_size = STEP_ATTEND_SCRATCH(min(n, seen), d)
-        cdef Py_ssize_t worker
-        for worker in prange(n_threads, num_threads=n_threads, schedule='static', chunksize=1):
-            # Interleaved, because later tokens see more.
-            item = worker
-            while item < total:
-                half_group = (item - whole) % 2 if item >= whole else 0
-                count = group // 2 if item >= whole else group
-                t = whole + (item - whole) // 2 if item >= whole else item
-                head = t % kv_heads
-                first = t * group + half_group * count  # of the query heads of all tokens
-                t = t // kv_heads
-                self._attend_one(queries + first * d, count, cache.keys + head * cache.k_head, cache.k_token,
-                                 cache.values + head * cache.v_head, cache.v_token, n - tokens + t + 1, seen, d, cache.half,
-                                 scale, scratch + worker * scratch_size, target + first * d)
-                item = item + n_threads
+        scratch += worker * STEP_ATTEND_SCRATCH(min(n, seen), d)
+        while item < total:  # interleaved, because later tokens see more
+            half_group = (item - whole) % 2 if item >= whole else 0
+            count = group // 2 if item >= whole else group
+            t = whole + (item - whole) // 2 if item >= whole else item
+            head = t % kv_heads
+            first = t * group + half_group * count  # of the query heads of all tokens
+            t = t // kv_heads
+            self._attend_one(queries + first * d, count, cache.keys + head * cache.k_head, cache.k_token,
+                             cache.values + head * cache.v_head, cache.v_token, n - tokens + t + 1, seen, d, cache.half,
+                             scale, scratch, target + first * d)
+            item += self.n_threads
 
     def head(self, x, raw, str type_name):
         """As reference.head.head_logits for a table of floats: x float32 (T, K) times stored rows, uint8 (V, row bytes)."""

@@ -42,6 +42,7 @@ cdef extern from "decoder_steps.h" nogil:
     Py_ssize_t HEAD_TOKEN_BYTES(Py_ssize_t k)
     void head_group_rows(const unsigned char* rows, Py_ssize_t row_bytes, Py_ssize_t count, Py_ssize_t block_bytes,
                          unsigned char* group)
+    void head_decode_row(const unsigned char* group, Py_ssize_t row, Py_ssize_t k, int type, float* y)
     int TABLE_F32, TABLE_F16, TABLE_BF16, TABLE_Q8_0, TABLE_Q6_K, TABLE_Q4_0
 
 cdef dict ACTIVATIONS = {"relu2": ACTIVATE_RELU2, "silu": ACTIVATE_SILU, "gelu_tanh": ACTIVATE_GELU_TANH}
@@ -49,7 +50,9 @@ cdef dict ACTIVATIONS = {"relu2": ACTIVATE_RELU2, "silu": ACTIVATE_SILU, "gelu_t
 cdef dict TABLES = {"F32": (TABLE_F32, 1, 4), "F16": (TABLE_F16, 1, 2), "BF16": (TABLE_BF16, 1, 2),
                     "Q8_0": (TABLE_Q8_0, 32, 34), "Q6_K": (TABLE_Q6_K, 256, 210), "Q4_0": (TABLE_Q4_0, 32, 18)}
 
-float32, float16, int8, int32, uint8 = (np.dtype(t) for t in (np.float32, np.float16, np.int8, np.int32, np.uint8))
+float32, float16, int8, int32, int64, uint8 = (
+    np.dtype(t) for t in (np.float32, np.float16, np.int8, np.int32, np.int64, np.uint8)
+)
 
 
 cdef class _View:
@@ -1064,6 +1067,32 @@ cdef class Steps:
         if bad:
             raise ValueError("x must be finite in float32, got NaN or infinity")
         return out
+
+    def grouped_rows(self, data, str type_name, Py_ssize_t vocabulary, rows):
+        """As reference.head.GroupedTable of V rows, indexed by int64 of shape (n,): float32 (n, K)."""
+        cdef int kind
+        cdef Py_ssize_t block, block_bytes, i
+        kind, block, block_bytes = TABLES.get(type_name, (0, 0, 0))
+        if block <= 1:
+            raise ValueError(f"the type of grouped rows must be Q8_0, Q6_K or Q4_0, got {type_name!r}")
+        cdef _View w = _contiguous(data, uint8, "data", 2), a = _contiguous(rows, int64, "rows", 1)
+        cdef Py_ssize_t n = a.size(0), k = w.size(1) // (GROUP_ROWS * block_bytes) * block
+        if w.size(1) != GROUP_ROWS * (k // block * block_bytes) or w.size(0) != (vocabulary + GROUP_ROWS - 1) // GROUP_ROWS:
+            raise ValueError(f"{vocabulary} grouped rows must have a group of whole blocks for each {GROUP_ROWS} rows, got "
+                             f"shape {data.shape}")
+        cdef const long long* index = <const long long*>a.buffer.buf
+        for i in range(n):
+            if not 0 <= index[i] < vocabulary:
+                raise IndexError(f"rows must lie between 0 and {vocabulary - 1}, got {index[i]}")
+        y = np.empty((n, k), float32)
+        cdef _View out = _View(y, float32, "y")
+        cdef const unsigned char* table = <const unsigned char*>w.buffer.buf
+        cdef float* target = <float*>out.buffer.buf
+        with nogil:
+            for i in range(n):
+                head_decode_row(table + index[i] // GROUP_ROWS * w.buffer.shape[1], index[i] % GROUP_ROWS, k, kind,
+                                target + i * k)
+        return y
 
     def group_rows(self, raw, str type_name):
         """As reference.head.group_rows."""

@@ -64,6 +64,40 @@ static inline void head_group_rows(const uint8_t *rows, ptrdiff_t row_bytes, ptr
     }
 }
 
+static inline float half_value(const uint8_t *p) {
+    uint16_t half;
+    memcpy(&half, p, 2);
+    const uint32_t magnitude = (uint32_t)(half & 0x7fff) << 13;
+    /* The exponent moves up by 112, that of infinity twice. Subnormals are (1 + fraction) 2^-14 - 2^-14. */
+    const uint32_t bits = magnitude < 1 << 23 ? magnitude + (113u << 23)
+                                              : magnitude + (magnitude < 31u << 23 ? 112u << 23 : 224u << 23);
+    float value;
+    memcpy(&value, &bits, 4);
+    if (magnitude < 1 << 23) value -= 0x1p-14f;
+    return half & 0x8000 ? -value : value;
+}
+
+/* decode_rows of reference/head.py for one row of a group. */
+static inline void head_decode_row(const uint8_t *group, ptrdiff_t row, ptrdiff_t k, int type, float *y) {
+    const ptrdiff_t blocks = k / (type == TABLE_Q6_K ? 256 : 32), n = type == TABLE_Q6_K ? 48 : type == TABLE_Q8_0 ? 8 : 4;
+    const uint8_t *d = group + 2 * row, *scales = group + 32 * blocks + row;
+    const uint8_t *quants = group + (type == TABLE_Q6_K ? 32 + 256 : 32) * blocks + 4 * row;
+    for (ptrdiff_t b = 0; b < blocks; b++, d += 32, scales += 256, quants += 64 * n) {
+        const float scale = half_value(d);
+        if (type == TABLE_Q8_0)
+            for (int i = 0; i < 32; i++, y++) *y = scale * (float)(int8_t)quants[64 * (i / 4) + i % 4];
+        else if (type == TABLE_Q4_0)
+            for (int i = 0; i < 32; i++, y++) *y = scale * (float)((quants[64 * (i % 16 / 4) + i % 4] >> i / 16 * 4 & 15) - 8);
+        else
+            for (int i = 0; i < 256; i++, y++) { /* pieces as head_group_rows has them */
+                const uint8_t *three = quants + 64 * (i / 128 * 24 + i % 32 / 4 * 3) + i % 4;
+                const int quarter = i / 32 % 4, low = three[64 * (quarter % 2)] >> quarter / 2 * 4 & 15;
+                const int high = three[128] >> 2 * quarter & 3;
+                *y = scale * (float)(int8_t)scales[16 * (i / 16)] * (float)((low | high << 4) - 32);
+            }
+    }
+}
+
 typedef struct {
     void (*norm)(const float *x, const float *weight, float *y, ptrdiff_t k, float eps, float offset);
     int (*quantize)(const float *x, int8_t *x_q, float *x_scale, ptrdiff_t k);

@@ -53,6 +53,7 @@ from bitnet_ref.runtime.steps import (
     Blocks,
     DecodeStep,
     TernaryLayer,
+    TiedTable,
     apply_layer,
     compiled_steps,
     load_steps,
@@ -392,6 +393,16 @@ def test_steps_refuse_wrong_arguments():
         ops.grouped_head(normal(1, 8), np.zeros((1, 256), np.uint8), "F16", 16)
     with pytest.raises(ValueError, match="17 grouped rows of 32 Q8_0 values must have 2 groups of 544 bytes"):
         ops.grouped_head(normal(1, 32), np.zeros((1, 544), np.uint8), "Q8_0", 17)
+    with pytest.raises(ValueError, match="grouped rows must be Q8_0, Q6_K or Q4_0, got 'F16'"):
+        ops.grouped_rows(np.zeros((1, 544), np.uint8), "F16", 16, np.zeros(1, np.int64))
+    for data, vocabulary in ((np.zeros((1, 544), np.uint8), 17), (np.zeros((2, 540), np.uint8), 17)):
+        with pytest.raises(ValueError, match="17 grouped rows must have a group of whole blocks for each 16 rows"):
+            ops.grouped_rows(data, "Q8_0", vocabulary, np.zeros(1, np.int64))
+    for row in (-1, 17):
+        with pytest.raises(IndexError, match=f"between 0 and 16, got {row}"):
+            ops.grouped_rows(np.zeros((2, 544), np.uint8), "Q8_0", 17, np.array([3, row]))
+    with pytest.raises(TypeError, match="rows must be int64"):
+        ops.grouped_rows(np.zeros((2, 544), np.uint8), "Q8_0", 17, np.zeros(1, np.int32))
     with pytest.raises(ValueError, match="can be grouped, got 'F16'"):
         ops.group_rows(np.zeros((1, 64), np.uint8), "F16")
     with pytest.raises(ValueError, match="whole blocks of 34 bytes, got 33"):
@@ -400,6 +411,29 @@ def test_steps_refuse_wrong_arguments():
         ops.rotate(normal(2, 3, 8), normal(2, 1, 3), normal(2, 1, 3))
     with pytest.raises(KernelUnavailable, match="neon9"):
         load_steps(1, "neon9")
+
+
+@pytest.mark.parametrize("stored", ["Q8_0", "Q6_K", "Q4_0"])
+def test_rows_of_an_embedding_equal_the_reference(stored):
+    """Any bytes, and every float16 as the scale of a block: subnormals, infinities and NaN, which no good file has."""
+    block, block_bytes = TABLE_TYPES[stored]
+    raw = np.random.default_rng(4).integers(0, 256, (37, 2, block_bytes), np.uint8)
+    table = GroupedTable(group_rows(raw.reshape(37, -1), stored), stored, 37, 2 * block)
+    rows = np.array([36, 0, 16, 15, 5, 5])
+    embedding = compiled_steps(load_steps(2)).embedding
+    with np.errstate(all="ignore"):
+        np.testing.assert_array_equal(embedding(table, rows), table[rows])
+    np.testing.assert_array_equal(embedding(TiedTable(table, None), rows[:1]), table[rows[:1]])
+    assert embedding(table, rows[:0]).shape == (0, 2 * block)
+
+    every = np.zeros((1 << 16, block_bytes), np.uint8)
+    place = slice(208, 210) if stored == "Q6_K" else slice(0, 2)
+    every[:, place] = np.arange(1 << 16, dtype="<u2").view(np.uint8).reshape(-1, 2)
+    every[:, 192:208] = 1  # scales of Q6_K; quants otherwise
+    with np.errstate(all="ignore"):
+        expected = decode_rows(every, stored)
+    table = GroupedTable(group_rows(every, stored), stored, 1 << 16, block)
+    np.testing.assert_array_equal(embedding(table, np.arange(1 << 16)), expected)
 
 
 @every_isa
@@ -991,6 +1025,12 @@ def test_with_threads_shares_weights():
     names.clear()
     np.testing.assert_array_equal(other.forward([1]), model.forward([1]))
     assert names == ["blocks", "rms_norm", "head"]
+    names.clear()
+    model_of(SWIGLU, head="q8_0").with_threads(2, wrap).forward([1])
+    assert names == ["blocks", "rms_norm", "grouped_head"]  # its embedding is of floats
+    names.clear()
+    model_of(dataclasses.replace(SWIGLU, tied_head=True), head="q8_0").with_threads(2, wrap).forward([1])
+    assert names == ["grouped_rows", "blocks", "rms_norm", "grouped_head"]
     name = "model.layers.0.mlp.up_proj.weight"
     assert other.weights[name].w_packed is model.weights[name].w_packed
 

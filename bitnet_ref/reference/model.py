@@ -42,6 +42,7 @@ __all__ = [
     "Block",
     "Steps",
     "all_blocks",
+    "embedding",
     "feed_forward",
     "forward",
     "generate_greedy",
@@ -217,6 +218,11 @@ def all_blocks(
     return x
 
 
+def embedding(table: Any, tokens: np.ndarray) -> np.ndarray:
+    """The rows of these tokens, shape (T, hidden), float32; `table` is an array or holds stored rows."""
+    return table[tokens].astype(np.float32)
+
+
 @dataclass(frozen=True)
 class Steps:
     """What :func:`forward` computes with beside the linear layers; the fields are the reference's own functions.
@@ -225,6 +231,7 @@ class Steps:
     the linear layers; one that takes their place must tell the trace what they tell it, or hand over to them.
     """
 
+    embedding: Callable[[Any, np.ndarray], np.ndarray] = embedding
     rms_norm: Callable[..., np.ndarray] = rms_norm
     rotate: Callable[..., np.ndarray] = rotate
     attention: Callable[..., np.ndarray] = attention
@@ -297,7 +304,7 @@ def forward(
     positions = cache.positions(t)
 
     table = weights["model.embed_tokens.weight"]  # (V, hidden)
-    x = table[tokens].astype(np.float32)  # (T, hidden)
+    x = steps.embedding(table, tokens)  # (T, hidden)
     if config.embedding_scale != 1:
         x = x * np.float32(config.embedding_scale)
     note("embedding", x)

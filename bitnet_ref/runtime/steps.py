@@ -151,6 +151,12 @@ def compiled_steps(ops: CompiledSteps, step: DecodeStep | None = None) -> Steps:
         Blocks that one token passes in a single call, if it is of this network; all others go step by step.
     """
 
+    def embedding(table: Any, tokens: np.ndarray) -> np.ndarray:
+        table = table.embedding if isinstance(table, TiedTable) else table
+        if isinstance(table, GroupedTable):
+            return ops.grouped_rows(table.data, table.type, table.rows, tokens)
+        return network.embedding(table, tokens)
+
     def attention(
         q: np.ndarray, k: Any, v: Any, scale: float, window: int | None = None, trace: Any = None
     ) -> np.ndarray:
@@ -200,6 +206,7 @@ def compiled_steps(ops: CompiledSteps, step: DecodeStep | None = None) -> Steps:
         return ops.blocks(step.blocks, x, turns[False], turns[True], *cache.room(1))
 
     return Steps(
+        embedding=embedding,
         rms_norm=ops.rms_norm,
         rotate=ops.rotate,
         attention=attention,

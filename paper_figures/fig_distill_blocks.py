@@ -22,7 +22,7 @@ CAPTION = (
 
 @styled
 def draw(results: dict[str, Any]) -> Figure:
-    """``tables.json`` of a run with the stages teacher, blocks and students behind them; baselines if they are there."""
+    """``tables.json`` of a run with teacher, blocks and students behind them; baselines if they are there."""
     rows = results["results"]
     blocks = {row["seed"]: row for row in select(rows, stage="blocks")}
     figure = Figure(figsize=(7.2, 3.3), layout="constrained")

@@ -93,9 +93,12 @@ def test_results_have_curves_and_make_a_figure(finished, tmp_path):
     errors = [row["errors"] for (stage, _), row in rows.items() if stage == "blocks"]
     np.testing.assert_allclose(after.get_ydata(), np.mean([[b["after"] for b in e] for e in errors], 0))
     # Two blocks: a token in one of them counts half.
-    student = next(line for line in right.get_lines() if "blocks" in line.get_label())
-    work = [rows["blocks", s]["tokens"] / 2 + rows["blocks-distill", s]["development"][0]["tokens"] for s in (0, 1)]
-    assert student.get_xdata()[0] == pytest.approx(np.mean(work) / 1e3)
+    for stage, label in (("blocks-ld", "blocks, then logits"), ("blocks-distill", "blocks, then both losses")):
+        student = next(line for line in right.get_lines() if line.get_label() == label)
+        work = [rows["blocks", s]["tokens"] / 2 + rows[stage, s]["development"][0]["tokens"] for s in (0, 1)]
+        assert student.get_xdata()[0] == pytest.approx(np.mean(work) / 1e3)
+        scores = [rows[stage, s]["development"][0]["score"] for s in (0, 1)]
+        assert student.get_ydata()[0] == pytest.approx(100 * np.mean(scores))
     paper_figures.save(figure, tmp_path / "blocks.png")
     assert (tmp_path / "blocks.png").stat().st_size > 10_000
 

@@ -272,6 +272,21 @@ def test_vectors_alone_can_be_trained(tmp_path, kind):
     assert rows(tmp_path)[-1]["loss"] < rows(tmp_path)[0]["loss"]
 
 
+def test_vectors_alone_go_on_after_a_stop(tmp_path):
+    """Matrices come from the checkpoint, though no optimizer has moved them."""
+    training = replace(TRAINING, trained="vectors")
+    run(tmp_path / "whole", training)
+
+    def stop(step):
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped", training, watch=stop)
+    run(tmp_path / "stopped", training, made=distillation(seed=3))
+    assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
+
+
 def test_training_lowers_every_loss(tmp_path):
     result = run(tmp_path, replace(TRAINING, steps=40), batches=lambda step: batch(0))
     first, last = rows(tmp_path)[0], rows(tmp_path)[-1]

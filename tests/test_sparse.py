@@ -24,6 +24,7 @@ from bitnet_ref.reference.packing import ROW_SCHEMES, PackedTernary, get_scheme
 from bitnet_ref.reference.quantize import quantize_activations
 from bitnet_ref.runtime import sparse as runtime_sparse
 from bitnet_ref.runtime.load import load
+from bitnet_ref.runtime.model import Model
 from bitnet_ref.runtime.pages import huge_array
 from bitnet_ref.runtime.steps import Blocks, TernaryLayer, load_steps, step_isas
 
@@ -465,3 +466,18 @@ def test_the_measurement_refuses_a_wrong_product(monkeypatch):
     monkeypatch.setattr(kernels.Kernel, "add_rows", lambda self, x, packed, *rest, **options: np.ones(330, np.int32))
     with pytest.raises(RuntimeError, match=r"addrows.* differs from .* at a sparsity of 0%"):
         measure_speed(["scalar"], [1], n_rounds=1, ffn=60, hidden=330, copies=2)
+
+
+def test_matrices_of_one_token_in_several_packings_are_refused():
+    """Such a network takes its steps one by one, where no row is left out."""
+    dense = model_of(RELU2, scheme="base3")
+    other = model_of(RELU2, scheme="i2")
+    mixed = dict(dense.weights)
+    name = next(name for name in mixed if name.endswith("k_proj.weight"))
+    mixed[name] = other.weights[name]
+    weights = {
+        name: (w.w_packed, w.w_scale) if isinstance(w, TernaryLayer) else w for name, w in mixed.items()
+    }  # fmt: skip
+    assert not Model(dense.config, weights).sparse
+    with pytest.raises(ValueError, match="sparse needs q, k and v of a block in one packing, and gate and up"):
+        Model(dense.config, weights, sparse=True)

@@ -695,9 +695,11 @@ def _difference(result: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     for key, value in settings.items():
         before = result["settings"].get(key)
         if isinstance(value, dict) and isinstance(before, dict):
-            for inner, after in value.items():
-                if before.get(inner) != after:
-                    return f"{key}.{inner} was {before.get(inner)!r} there and is {after!r} now"
+            for inner in sorted(value.keys() | before.keys()):
+                # The one key that stands there only where it is not its default.
+                there, now = (found.get(inner, "all" if inner == "trained" else None) for found in (before, value))
+                if there != now:
+                    return f"{key}.{inner} was {there!r} there and is {now!r} now"
         elif before != value:
             hashed = key in ("model", "data", "teacher", "pretrain", "blocks")
             return f"its {key} was another one" if hashed else f"{key} was {before!r} there and is {value!r} now"

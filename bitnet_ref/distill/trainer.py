@@ -254,9 +254,10 @@ def train(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # its new name is not in all versions that are allowed
             model.gradient_checkpointing_enable({"use_reentrant": False})
-    frozen = [p for p in model.parameters() if training.trained == "vectors" and p.ndim >= 2 and p.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
+    frozen: set[str] = set()
+    if training.trained == "vectors":
+        frozen = {name for name, p in model.named_parameters() if p.ndim >= 2 and p.requires_grad}
+    _set_trainable(model, frozen, False)
     module = devices.parallel(objective)
     run.optimizer = make_optimizer(model, training)
     run.restore()
@@ -280,11 +281,17 @@ def train(
                 run.save()
     model.eval()
     set_strength(model, 1.0)
-    for parameter in frozen:
-        parameter.requires_grad_(True)
+    _set_trainable(model, frozen, True)
     if run.best_step not in (0, run.step):
         load_weights(folder / "best.safetensors", model)
     return Result(run.step, run.best_step or run.step, run.score, round(run.seconds, 2), run.tokens, run.stopped_early)
+
+
+def _set_trainable(model: nn.Module, names: set[str], wanted: bool) -> None:
+    """By name, since FSDP puts other parameters in the place of a model's own."""
+    for name, parameter in model.named_parameters():
+        if name in names:
+            parameter.requires_grad_(wanted)
 
 
 class _Run:

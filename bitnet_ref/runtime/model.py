@@ -141,6 +141,8 @@ class Model:
             {name: self._prepared(name, weights[name], shape) for name, shape in config.tensor_shapes().items()}
         )
         self._listed = listed_rows(config, self.weights) if sparse else None
+        if sparse and DecodeStep(config, self.weights, self._listed).blocks is None:
+            raise ValueError("sparse needs q, k and v of a block in one packing, and gate and up, they have several")
         self.steps = self._compiled_steps()
 
     def _compiled_steps(self) -> Steps:

@@ -571,20 +571,25 @@ def test_other_networks_take_steps_one_by_one(monkeypatch):
     assert DecodeStep(GEMMA, weight_pair(GEMMA, ops)[1]).blocks is None
 
 
+def noting(names):
+    """A wrapper for `with_threads` that adds the name of each function that is called."""
+
+    def wrap(name, function):
+        def run(*args):
+            names.append(name)
+            return function(*args)
+
+        return run
+
+    return wrap
+
+
 @pytest.mark.parametrize("config", FUSED.values(), ids=FUSED)
 def test_one_call_has_the_bits_of_the_steps_one_by_one(config):
     """In a model; and one token passes the call only if it is alone, with the weights it was made of and no trace."""
     model = model_of(config, n_threads=2)
     calls = []
-
-    def counting(name, function):
-        def run(*args):
-            calls.append(name)
-            return function(*args)
-
-        return run
-
-    counted = model.with_threads(2, counting)
+    counted = model.with_threads(2, noting(calls))
     plain = counted.with_steps(dataclasses.replace(counted.steps, blocks=all_blocks))
     caches = [model.new_cache(12) for _ in range(6)]
     for cache in caches:
@@ -1010,15 +1015,7 @@ def test_a_matrix_that_was_not_planned_gets_an_array_of_its_own():
 def test_with_threads_shares_weights():
     model = model_of(BITNET, n_threads=1)
     names = []
-
-    def wrap(name, function):
-        def run(*args):
-            names.append(name)
-            return function(*args)
-
-        return run
-
-    other = model.with_threads(2, wrap)
+    other = model.with_threads(2, noting(names))
     assert other.n_threads == 2 and model.n_threads == 1
     np.testing.assert_array_equal(other.logits([1, 2]), model.logits([1, 2]))
     assert names.count("product") == 2 * 7 and names.count("head") == 1 and names.count("attention") == 2
@@ -1026,10 +1023,10 @@ def test_with_threads_shares_weights():
     np.testing.assert_array_equal(other.forward([1]), model.forward([1]))
     assert names == ["blocks", "rms_norm", "head"]
     names.clear()
-    model_of(SWIGLU, head="q8_0").with_threads(2, wrap).forward([1])
+    model_of(SWIGLU, head="q8_0").with_threads(2, noting(names)).forward([1])
     assert names == ["blocks", "rms_norm", "grouped_head"]  # its embedding is of floats
     names.clear()
-    model_of(dataclasses.replace(SWIGLU, tied_head=True), head="q8_0").with_threads(2, wrap).forward([1])
+    model_of(dataclasses.replace(SWIGLU, tied_head=True), head="q8_0").with_threads(2, noting(names)).forward([1])
     assert names == ["grouped_rows", "blocks", "rms_norm", "grouped_head"]
     name = "model.layers.0.mlp.up_proj.weight"
     assert other.weights[name].w_packed is model.weights[name].w_packed

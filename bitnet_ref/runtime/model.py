@@ -141,12 +141,13 @@ class Model:
             {name: self._prepared(name, weights[name], shape) for name, shape in config.tensor_shapes().items()}
         )
         self._listed = listed_rows(config, self.weights) if sparse else None
-        if sparse and DecodeStep(config, self.weights, self._listed).blocks is None:
-            raise ValueError("sparse needs q, k and v of a block in one packing, and gate and up, they have several")
         self.steps = self._compiled_steps()
 
     def _compiled_steps(self) -> Steps:
-        return compiled_steps(self._ops, DecodeStep(self.config, self.weights, self._listed))
+        step = DecodeStep(self.config, self.weights, self._listed)
+        if self.sparse and step.blocks is None:  # a network that goes step by step leaves nothing out
+            raise ValueError("sparse needs q, k and v of a block in one packing, and gate and up, they have several")
+        return compiled_steps(self._ops, step)
 
     def _prepared(self, name: str, weight: Any, shape: tuple[int, ...]) -> Any:
         """A weight as the network takes it."""

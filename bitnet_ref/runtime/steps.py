@@ -198,9 +198,8 @@ def compiled_steps(ops: CompiledSteps, step: DecodeStep | None = None) -> Steps:
         steps: Steps,
         trace: Any,
     ) -> np.ndarray:
-        alone = (
-            len(x) == 1 and isinstance(cache, KVCache) and trace is None
-        )  # a batch of one has a cache of another kind
+        # A batch of one has a cache of another kind.
+        alone = len(x) == 1 and isinstance(cache, KVCache) and trace is None
         if not alone or step is None or step.blocks is None or config is not step.config or weights is not step.weights:
             return network.all_blocks(config, weights, x, turns, cache, linear, steps, trace)
         return ops.blocks(step.blocks, x, turns[False], turns[True], *cache.room(1))

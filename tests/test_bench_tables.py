@@ -41,14 +41,14 @@ def product(name, m, k, tokens, threads, rate):
     }  # fmt: skip
 
 
-def model(program, type_name, threads, decode, prefill, rss):
+def model(program, type_name, threads, decode, prefill, rss, **about):
     ours = program == "bitnet_ref"
     return {
         "run": "now", "program": program, "type": type_name, "model": "2B4T", "head": "q6_k", "batch": 1,
         "threads": threads, "n_prompt": 512, "n_generate": 16, "prefill_tokens_per_s": prefill,
         "decode_tokens_per_s": decode, "low_ns": 0.9e9 / decode, "high_ns": 1.1e9 / decode, "verified": True,
         "peak_resident_bytes": rss, "busy": False, "read_bandwidth_fraction": 0.85 if ours else None,
-        "outside_fraction": 0.2 if ours else None,
+        "outside_fraction": 0.2 if ours else None, "network": "dense", "cache": "f32" if ours else "f16", **about,
     }  # fmt: skip
 
 
@@ -73,7 +73,11 @@ def document():
             row
             for t in (1, 2)
             for row in (
-                model("bitnet_ref", "base3", t, 45 * t, 150 * t, 700_000_000),
+                model("bitnet_ref", "base3", t, 45 * t, 150 * t, 750_000_000),
+                model("bitnet_ref", "base3", t, 55 * t, 150 * t, 950_000_000, network="sparse", gate_zeros=0.714,
+                      up_zeros=0.714, down_zeros=0.8, outside_fraction=0.3),
+                model("bitnet_ref", "base3", t, 60 * t, 200 * t, 700_000_000, head="q4_0", cache="f16",
+                      read_bandwidth_fraction=0.9),
                 model("ik_llama.cpp", "IQ2_BN", t, 25 * t, 130 * t, 800_000_000),
                 model("llama.cpp", "TQ2_0", t, 20 * t, 33 * t, 900_000_000),
             )
@@ -117,9 +121,14 @@ def test_verdicts(document):
         ("2-16 tokens, 1 thread", "i2: interpolated over measured time, worst"): (1 / 1.5, "short"),
         ("thread scaling", "GEMM of i2, all threads over one (two processors)"): (2.0, "met"),
         ("2B4T decode", "1 thread, over the fastest peer with the same head"): (1.8, "met"),
+        ("2B4T decode", "all threads, rows that add nothing left out (71 % of W_up), over the fastest peer"): (
+            2.2,
+            "met",
+        ),
+        ("2B4T decode", "of the read bandwidth"): (0.85, "met"),  # dense, with the head that peers have
         ("2B4T decode", "time outside products and head"): (0.2, "short"),
-        ("2B4T memory", "peak, over the smallest peer's"): (7 / 8, "met"),
-        ("2B4T memory", "peak"): (0.7, "met"),
+        ("2B4T memory", "peak, over the smallest peer's"): (7.5 / 8, "met"),  # of the same head
+        ("2B4T memory", "peak, of any head of 4 to 6 bits and cache"): (0.7, "met"),
         ("2B4T prefill, 512 tokens", "1 thread, over the fastest peer"): (150 / 130, "short"),
     }
     for key, (value, verdict) in expected.items():
@@ -148,7 +157,29 @@ def test_heads_are_not_mixed(document):
     for row in document["parts"]["models"]["rows"]:
         if row["program"] != "bitnet_ref":
             row["head"] = "f16"
-    assert verdicts(document)["2B4T decode", "1 thread, over the fastest peer with the same head"].value is None
+    found = verdicts(document)
+    for work, what in (
+        ("2B4T decode", "1 thread, over the fastest peer with the same head"),
+        ("2B4T decode", "of the read bandwidth"),
+        ("2B4T memory", "peak, over the smallest peer's"),
+    ):
+        assert found[work, what].value is None and "head f16" in found[work, what].reason
+
+
+def test_runs_that_say_nothing_of_networks_are_of_dense_ones(document):
+    rows = document["parts"]["models"]["rows"]
+    rows[:] = [row for row in rows if row["network"] == "dense"]
+    for row in rows:
+        del row["network"], row["cache"]
+    found = verdicts(document)
+    assert found["2B4T decode", "1 thread, over the fastest peer with the same head"].value == pytest.approx(1.8)
+    assert (
+        found[
+            "2B4T decode", "all threads, rows that add nothing left out (71 % of W_up), over the fastest peer"
+        ].verdict
+        == "not measured"
+    )
+    assert "| ik_llama.cpp | IQ2_BN | q6_k |  | 25.0" in markdown(document)
 
 
 def test_tables(document, tmp_path):
@@ -156,7 +187,8 @@ def test_tables(document, tmp_path):
     assert "| 2B4T decode | 1 thread, over the fastest peer with the same head | >= 1.70x | 1.80x | met |" in text
     assert "| GEMV, 1 thread | base3 and i2: of the read bandwidth | >= 85% | 24% | **short** |" in text
     assert "| bitnet_ref | base3 | avx512vbmi | 150.0 (136.4-166.7) | 30% | 180.0 (163.6-200.0) | 36% |" in text
-    assert "| ik_llama.cpp | IQ2_BN | q6_k | 25.0 (22.7-27.8) | 130 | 50.0 (45.5-55.6) | 260 | 800 MB |" in text
+    assert "| bitnet_ref | base3, 71% and 80% of W_up and W_down left out | q6_k | f32 | 55.0" in text
+    assert "| ik_llama.cpp | IQ2_BN | q6_k | f16 | 25.0 (22.7-27.8) | 130 | 50.0 (45.5-55.6) | 260 | 800 MB |" in text
     assert "Other processes" not in text and "quick run" not in text
     for table in text.split("\n\n"):
         widths = {line.count("|") for line in table.splitlines() if line.startswith("|")}

@@ -19,6 +19,8 @@ from bitnet_ref.commands.model import COMMANDS, packaged_model
 from bitnet_ref.errors import FormatError
 from bitnet_ref.formats import convert, open_checkpoint
 from bitnet_ref.kernels import ISAS
+from bitnet_ref.measure.model_peers import Variant, serve_ours
+from bitnet_ref.measure.peers import Worker
 from bitnet_ref.measure.random_file import write_random_model
 from bitnet_ref.reference.config import PUBLISHED, ModelConfig
 from bitnet_ref.reference.head import FloatTable, GroupedTable
@@ -153,6 +155,30 @@ def test_a_random_file_is_the_network_of_its_config(tmp_path, scheme, head):
     assert rows.std() == pytest.approx(256**-0.5, rel=0.05)
     tokens = [1, 1499, 3]
     np.testing.assert_array_equal(model.logits(tokens), model.reference_logits(tokens))
+
+
+@pytest.mark.parametrize("gate_zeros", [None, 0.75])
+def test_a_process_that_is_timed_opens_the_variant(tmp_path, gate_zeros):
+    published = dict(PUBLISHED["microsoft/bitnet-b1.58-2B-4T"]) | {"num_hidden_layers": 2, "vocab_size": 1500}
+    published |= {"hidden_size": 256, "intermediate_size": 1280, "num_attention_heads": 4, "num_key_value_heads": 2}
+    path = tmp_path / "model.safetensors"
+    variant = Variant("base3", "q6_k", "f16", gate_zeros)
+    worker = Worker(serve_ours, "bitnet_ref")
+    try:
+        worker.ask("write", path, published, variant.scheme, variant.head, variant.gate_zeros)
+        worker.ask("load", path, variant, 1, 40)
+        assert worker.ask("prefill", list(range(30))) > 0
+        assert len(worker.ask("decode", [1, 2, 3])) == 3
+        row = worker.ask("account", 1)  # compares sparse logits with dense ones
+    finally:
+        worker.close()
+    assert row.get("network", "dense") == variant.network
+    if gate_zeros is None:
+        assert "up_zeros" not in row
+    else:
+        assert row["up_zeros"] == pytest.approx(0.75, abs=0.05) and row["down_zeros"] >= row["up_zeros"]
+    with pytest.raises(ValueError, match="gate_zeros must lie between"):
+        write_random_model(path, published, "base3", "q6_k", 0.3)
 
 
 def test_the_embedding_stays_what_the_file_holds(folder, reference):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +27,39 @@ from bitnet_ref.measure.turns import BUSY, busy_seconds, frequency_hz
 from bitnet_ref.reference.config import PRESETS, PUBLISHED
 from bitnet_ref.runtime.load import load as load_file
 
-__all__ = ["PRESET", "measure_models_beside_peers", "serve_ours"]
+__all__ = ["PRESET", "Variant", "measure_models_beside_peers", "serve_ours"]
 
 PRESET = "microsoft/bitnet-b1.58-2B-4T"
+_ZEROS = ("up_zeros", "down_zeros", "up_listed", "down_listed")
 _SLOW_S = 12.0
 """A program that needs longer than this for the prompt reads it once only."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model of ours as one process opens it.
+
+    With `gate_zeros` (as in :meth:`bitnet_ref.runtime.model.Model.random`) rows that add nothing are left out.
+    """
+
+    scheme: str
+    head: str
+    cache: str = "f32"
+    gate_zeros: float | None = None
+
+    @property
+    def network(self) -> str:
+        return "dense" if self.gate_zeros is None else "sparse"
 
 
 def serve_ours(name: str, connection: Any) -> None:
     """What the process of our own model does."""
     held: dict[str, Any] = {}
 
-    def load(path: Path, scheme: str, head: str, threads: int, context: int) -> None:
+    def load(path: Path, variant: Variant, threads: int, context: int) -> None:
         if "model" not in held:
-            held["model"] = load_file(path, scheme, head)
+            sparse = variant.network == "sparse"
+            held["model"] = load_file(path, variant.scheme, variant.head, cache=variant.cache, sparse=sparse)
         held["runner"], held["context"] = held["model"].with_threads(threads), context
 
     def prefill(tokens: list[int]) -> float:
@@ -57,8 +77,8 @@ def serve_ours(name: str, connection: Any) -> None:
         return taken
 
     def account(threads: int) -> dict[str, Any]:
-        """Bytes that a token needs and where the time of a step goes."""
-        return measure_model(held["model"], 8, 4, (threads,))[0]
+        """Bytes that a token needs, where the time of a step goes; that sparse logits are those of the dense model."""
+        return measure_model(held["model"], 8, 4, (threads,))[-1]
 
     answer(
         connection,
@@ -85,6 +105,7 @@ def measure_models_beside_peers(
     n_rounds: int = 2,
     preset: str = PRESET,
     progress: Callable[[str, float], None] | None = None,
+    more: Sequence[Variant] = (),
 ) -> dict[str, Any]:
     """Time random models of one network in every program.
 
@@ -103,14 +124,18 @@ def measure_models_beside_peers(
         Tokens that are read and then written in each round.
     preset : str
     progress : callable(label, fraction done), optional
+    more : sequence of Variant
+        Further models of ours, which take their turns with the first head.
 
     Returns
     -------
     dict
-        record and rows: run, kind, program, type, model, head, batch, threads, n_prompt, n_generate,
-        prefill_tokens_per_s, decode_tokens_per_s, decode_step_ns, low_ns, high_ns, bytes_per_token (ours),
-        read_bandwidth_fraction (ours), outside_fraction (of a step, outside products and head; ours),
-        peak_resident_bytes, repeats, others, busy, verified (logits were finite) and note.
+        record and rows: run, kind, program, type, network (dense or sparse), gate_zeros, model, head, cache, batch,
+        threads, n_prompt, n_generate, prefill_tokens_per_s, decode_tokens_per_s, decode_step_ns, low_ns, high_ns,
+        bytes_per_token (ours), read_bandwidth_fraction (ours), outside_fraction (of a step, outside products and head;
+        ours), up_zeros, down_zeros, up_listed, down_listed (sparse; as of
+        :func:`bitnet_ref.measure.model_bench.measure_model`), peak_resident_bytes, repeats, others, busy, verified
+        (logits were finite) and note.
 
     Raises
     ------
@@ -134,13 +159,15 @@ def measure_models_beside_peers(
     for h, head in enumerate(heads):
         workers: list[tuple[dict[str, Any], Worker, tuple[Any, ...]]] = []
         try:
-            for scheme in schemes:
-                path = folder / f"{preset.rsplit('/')[-1]}-bitnet_ref-{scheme}-{head}.safetensors"
+            for ours in (*(Variant(scheme, head) for scheme in schemes), *(more if h == 0 else ())):
+                zeros = "" if ours.gate_zeros is None else f"-zeros-{ours.gate_zeros:g}"
+                path = folder / f"{preset.rsplit('/')[-1]}-bitnet_ref-{ours.scheme}-{ours.head}{zeros}.safetensors"
                 if not path.exists():
                     report(f"writing {path.name}", h / len(heads))
-                    _write(serve_ours, "bitnet_ref", path, PUBLISHED[preset], scheme, head)
-                about = {"program": "bitnet_ref", "type": scheme}
-                workers.append((about, Worker(serve_ours, "bitnet_ref"), (path, scheme, head)))
+                    _write(serve_ours, "bitnet_ref", path, PUBLISHED[preset], ours.scheme, ours.head, ours.gate_zeros)
+                about = {"program": "bitnet_ref", "type": ours.scheme, "head": ours.head, "cache": ours.cache}
+                about |= {"network": ours.network, "gate_zeros": ours.gate_zeros}
+                workers.append((about, Worker(serve_ours, "bitnet_ref"), (path, ours)))
             for peer in peers:
                 for type_name in TYPES[peer]:
                     # The types that interleave rows are made at load from the plain ones.
@@ -150,23 +177,21 @@ def measure_models_beside_peers(
                     if not path.exists():
                         report(f"writing {path.name}", h / len(heads))
                         _write(serve_peer, peer, path, peer, PRESETS[preset], stored, head)
-                    about = {"program": peer, "type": type_name}
+                    about = {"program": peer, "type": type_name, "head": head, "cache": "f16"}
+                    about |= {"network": "dense", "gate_zeros": None}
                     workers.append((about, Worker(serve_peer, peer), (str(path), repack)))
             for j, count in enumerate(counts):
                 report(f"head {head}, {count} thread(s)", (h + j / len(counts)) / len(heads))
-                rows += _stage(workers, head, count, prompt, written, n_rounds, preset)
+                rows += _stage(workers, count, prompt, written, n_rounds, preset)
             # Last, since the probe of the read bandwidth needs memory of its own.
             for about, worker, _ in workers:
                 for row in rows:
-                    if about["program"] == "bitnet_ref" and (row["program"], row["type"], row["head"]) == (
-                        "bitnet_ref",
-                        about["type"],
-                        head,
-                    ):
+                    if about["program"] == "bitnet_ref" and about.items() <= row.items():
                         account = worker.ask("account", row["threads"])
                         row["bytes_per_token"] = account["bytes_per_token"]
                         row["read_bandwidth_fraction"] = account["read_bandwidth_fraction"]
                         row["outside_fraction"] = 1 - account["product_fraction"] - account["head_fraction"]
+                        row |= {key: account[key] for key in _ZEROS if key in account}
         finally:
             for _, worker, _ in workers:
                 worker.close()
@@ -187,7 +212,6 @@ def _write(serve: Callable[..., None], name: str, *what: Any) -> None:
 
 def _stage(
     workers: Sequence[tuple[dict[str, Any], Worker, tuple[Any, ...]]],
-    head: str,
     threads: int,
     prompt: list[int],
     written: list[int],
@@ -227,7 +251,6 @@ def _stage(
             "kind": "measured",
             **about,
             "model": f"random, {preset}",
-            "head": head,
             "batch": 1,
             "threads": threads,
             "n_prompt": len(prompt),

@@ -15,15 +15,25 @@ from bitnet_ref.formats.hf import SafetensorsStream
 from bitnet_ref.formats.packed import PACKED_FORMAT, PACKED_VERSION
 from bitnet_ref.reference.config import ModelConfig
 from bitnet_ref.reference.packing import get_scheme, pack
-from bitnet_ref.runtime.model import EMBEDDING, HEAD, encode_table, head_type
+from bitnet_ref.runtime.model import (
+    EMBEDDING,
+    GATE,
+    HEAD,
+    check_gate_zeros,
+    encode_table,
+    head_type,
+    random_ternary,
+)
 
 __all__ = ["write_random_model"]
 
 _TABLE_ROWS = 1024  # rows of a table that are drawn; the others repeat them
 
 
-def write_random_model(path: Path, published: Mapping[str, Any], scheme: str, head: str) -> None:
-    """Write a model of random ternary weights; one matrix of each shape is drawn and stands in every layer.
+def write_random_model(
+    path: Path, published: Mapping[str, Any], scheme: str, head: str, gate_zeros: float | None = None
+) -> None:
+    """Write a model of random ternary weights; one gate and one matrix of each shape stand in every layer.
 
     Speed and memory depend on the bytes of weights, not on their values.
 
@@ -37,12 +47,17 @@ def write_random_model(path: Path, published: Mapping[str, Any], scheme: str, he
         Packing of the ternary matrices.
     head : str
         Type of the embedding and head: ``f16``, ``q6_k``, ...
+    gate_zeros : float, optional
+        As in :meth:`bitnet_ref.runtime.model.Model.random`.
     """
     config, stored, rng = ModelConfig.from_hf(published), head_type(head), np.random.default_rng(0)
+    check_gate_zeros(gate_zeros)
     packed = {
-        shape: pack(rng.integers(-1, 2, shape, np.int8), scheme).data
-        for shape in sorted(set(config.linear_shapes().values()))
+        shape: pack(random_ternary(rng, shape), scheme).data for shape in sorted(set(config.linear_shapes().values()))
     }
+    gate = packed[config.ffn, config.hidden]
+    if gate_zeros is not None:
+        gate = pack(random_ternary(rng, (config.ffn, config.hidden), gate_zeros), scheme).data
     scales = {shape: np.float32((1.5 / shape[1]) ** 0.5) for shape in packed}  # layers keep the size of their input
     plans: list[tuple[str, str, tuple[int, ...], int]] = []
     contents: list[np.ndarray] = []
@@ -54,7 +69,7 @@ def write_random_model(path: Path, published: Mapping[str, Any], scheme: str, he
 
     linear = config.linear_shapes()
     for name, shape in linear.items():  # first, so that each begins on a cache line
-        add(name, "U8", get_scheme(scheme).data_shape(shape), packed[shape])
+        add(name, "U8", get_scheme(scheme).data_shape(shape), gate if name.endswith(GATE) else packed[shape])
         described[name] = {"shape": list(shape)}
     for name, shape in config.tensor_shapes().items():
         if name in linear:

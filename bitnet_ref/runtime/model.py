@@ -44,6 +44,8 @@ Wrap = Callable[[str, Callable[..., Any]], Callable[..., Any]]
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+GATE = ".mlp.gate_proj.weight"
+"""End of the names of all gates."""
 
 
 def head_type(head: str) -> str:
@@ -218,9 +220,8 @@ class Model:
         if not config.ternary:
             raise ValueError("a random model must be ternary, this config is of a full-precision network")
         if options.get("sparse"):
-            check_sparse(config)  # before anything is drawn
-        if gate_zeros is not None and not 0.5 <= gate_zeros <= 1:
-            raise ValueError(f"gate_zeros must lie between 0.5 and 1, got {gate_zeros}")
+            check_sparse(config)
+        check_gate_zeros(gate_zeros)  # before anything is drawn
         stored, rng = head_type(head), np.random.default_rng(seed)
         weights: dict[str, Any] = {}
         pages = HugePages(scheme, config.linear_shapes().values())
@@ -232,9 +233,7 @@ class Model:
                 drawn = (rng.standard_normal((rows, shape[1]), np.float32) * scale for rows in _pieces(shape))
                 weights[name] = make_table(_encode(name, drawn, stored), shape, stored)
             else:
-                w_q = rng.integers(-1, 2, shape, np.int8)
-                if gate_zeros is not None and name.endswith(".mlp.gate_proj.weight"):
-                    w_q[rng.permutation(shape[0])[: round(shape[0] * (2 * gate_zeros - 1))]] = 0
+                w_q = random_ternary(rng, shape, gate_zeros if name.endswith(GATE) else None)
                 weights[name] = (pages.place(pack(w_q, scheme)), np.float32((1.5 / shape[1]) ** 0.5))
         return cls(config, weights, **options)
 
@@ -391,6 +390,20 @@ class Model:
 
 
 _CACHES = {"f32": np.float32, "f16": np.float16}
+
+
+def check_gate_zeros(gate_zeros: float | None) -> None:
+    """ValueError if random gates cannot be like that."""
+    if gate_zeros is not None and not 0.5 <= gate_zeros <= 1:
+        raise ValueError(f"gate_zeros must lie between 0.5 and 1, got {gate_zeros}")
+
+
+def random_ternary(rng: np.random.Generator, shape: tuple[int, ...], gate_zeros: float | None = None) -> np.ndarray:
+    """int8 weights, -1, 0, 1 alike often; with `gate_zeros`, rows of 0 until this share of gates is not positive."""
+    w_q = rng.integers(-1, 2, shape, np.int8)
+    if gate_zeros is not None:
+        w_q[rng.permutation(shape[0])[: round(shape[0] * (2 * gate_zeros - 1))]] = 0
+    return w_q
 
 
 def encode_table(name: str, values: np.ndarray, stored: str) -> FloatTable:

@@ -69,6 +69,8 @@ def test_every_stage_leaves_what_it_should(finished):
             assert {p.name for p in (out / f"seed-{seed}" / stage).iterdir()} == files, stage
     result = json.loads((out / "seed-1" / "bitdistill" / "result.json").read_text(encoding="utf-8"))
     assert result["step"] == 4 and result["seed"] == 1 and 0 <= result["test"]["accuracy"] <= 1
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    assert all(config[name]["autocast"] in ("bfloat16", "float32") for name in ("teacher", "blocks", "finish"))
     record = json.loads((out / "record.json").read_text(encoding="utf-8"))
     assert record["commit"] and record["cpu"] and record["torch"] and record["splits_sha256"]
     assert "train" in (out / "splits.txt").read_text(encoding="utf-8")

@@ -322,6 +322,17 @@ def test_autocast_is_near_float32(tmp_path):
     np.testing.assert_allclose(a[1:4], b[1:4], rtol=0.03)  # bfloat16 has 8 bits
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"), [((), False), (("avx2", "f16c"), False), (("avx512_bf16",), True), (("bf16",), True)]
+)
+def test_bfloat16_is_for_processors_that_have_it(monkeypatch, flags, expected):
+    monkeypatch.setattr(trainer, "_processor_flags", lambda: frozenset(flags))
+    devices = trainer.Devices(torch.device("cpu"))
+    assert devices.uses_bfloat16(replace(TRAINING, autocast="auto")) == expected
+    assert devices.uses_bfloat16(replace(TRAINING, autocast="bfloat16"))
+    assert not devices.uses_bfloat16(replace(TRAINING, autocast="float32"))
+
+
 # Resumption.
 
 

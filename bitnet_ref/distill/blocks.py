@@ -224,7 +224,7 @@ def train_blocks(
     held_out = list(range(0, len(batches), _HELD_OUT))
     trained = [i for i in range(len(batches)) if i % _HELD_OUT]
     order = _order(trained, settings.steps, seed)
-    streams = _Streams(student, teacher, batches, devices, settings.autocast == "bfloat16")
+    streams = _Streams(student, teacher, batches, devices, devices.uses_bfloat16(settings))
     cells = sum(b["input_ids"].size for b in batches)
     say(f"{cells:,} tokens with padding; their streams take {3 * 4 * cells * widths[0][1] / 1e6:,.0f} MB of memory")
     total = Result(0, 0, None, 0.0, 0, False)

@@ -184,8 +184,9 @@ class Training:
     epsilon: float = 1e-8
     clip: float = 1.0
     """Largest norm of the gradient; 0 for any."""
-    autocast: str = "bfloat16"
-    """``bfloat16`` or ``float32``."""
+    autocast: str = "auto"
+    """``bfloat16``, ``float32``, or ``auto``: bfloat16 where the device has instructions for it. ``config.json`` says
+    which it was."""
     gradient_checkpointing: bool = False
     trained: str = "all"
     """``all`` parameters, or ``vectors``: gains of norms and biases, while ternary weights and embedding stay."""
@@ -253,7 +254,7 @@ _CHOICES = {
 _TRAINING_CHOICES = {
     "schedule": ("cosine", "linear", "constant"),
     "trained": ("all", "vectors"),
-    "autocast": ("bfloat16", "float32"),
+    "autocast": ("auto", "bfloat16", "float32"),
 }
 _POSITIVE = ("steps", "batch", "accumulation", "learning_rate", "save_every", "context", "heads", "tau", "max_length")
 _SHARES = ("warm_up", "held_out", "quantize_over")

@@ -29,7 +29,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,16 @@ def dry(config: Config) -> Config:
     )
 
 
+def _settled(config: Config, devices: Devices) -> Config:
+    """With the precision of each stage in place of ``auto``: what is written down and compared says which it was."""
+    stages = {
+        field.name: replace(stage, autocast="bfloat16" if devices.uses_bfloat16(stage) else "float32")
+        for field in fields(config)
+        if isinstance(stage := getattr(config, field.name), Training)
+    }
+    return replace(config, **stages)
+
+
 class Run:
     """One run of a configuration in its folder.
 
@@ -177,8 +187,9 @@ class Run:
         quiet: bool = False,
         devices: Devices | None = None,
     ) -> None:
-        self.config, self.out, self.quiet = config, Path(out), quiet
         self.devices = devices or Devices.start(config.sharding)
+        config = _settled(config, self.devices)
+        self.config, self.out, self.quiet = config, Path(out), quiet
         self.say = say if say and self.devices.main else lambda text: None
         if (self.out / "config.json").exists() and not resume:
             raise ValueError(f"{self.out} holds a run already: say --resume to go on with it, or give another --out")
@@ -263,7 +274,7 @@ class Run:
             prepared = tasks.batches(self.task, self.encoder, examples, training.batch, seed)
             batches, rows = prepared.batch, prepared.rows
             dev = self._limited(self.splits.dev, self.config.data.dev_limit)
-            evaluate = lambda: self.evaluate(objective.scored, dev, training.autocast == "bfloat16")  # noqa: E731
+            evaluate = lambda: self.evaluate(objective.scored, dev, self.devices.uses_bfloat16(training))  # noqa: E731
         model, objective, close = self._build(name, seed, rows)
         found = train(
             objective,
@@ -414,7 +425,7 @@ class Run:
         for batch in corpus.held_out_batches(8, self.config.corpus.held_out_limit):
             positions = np.ones(batch["input_ids"].shape, bool)
             positions[:, -1] = False
-            logits = self._logits(scored, batch, positions, self.config.pretrain.autocast == "bfloat16")
+            logits = self._logits(scored, batch, positions, self.devices.uses_bfloat16(self.config.pretrain))
             targets = torch.from_numpy(batch["labels"][:, 1:].reshape(-1)).to(logits.device)
             nats += float(functional.cross_entropy(logits.float(), targets, reduction="sum"))
             n += len(targets)
@@ -523,7 +534,7 @@ class Run:
             return model, LanguageModelling(model), lambda: None
         losses = self._losses(variant)
         teacher = self._teacher(seed).to(self.devices.device).eval().requires_grad_(False)
-        if self.config.distill.autocast == "bfloat16":
+        if self.devices.uses_bfloat16(self.config.distill):
             teacher.to(torch.bfloat16)
         layer = losses.layer if losses.teacher_layer is None else losses.teacher_layer
         source: Any = LiveTeacher(

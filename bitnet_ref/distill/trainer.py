@@ -11,6 +11,7 @@ writes files.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cpuinfo
 import numpy as np
 import torch
 from rich.console import Console
@@ -91,6 +93,11 @@ class Result:
     stopped_early: bool
 
 
+@functools.cache
+def _processor_flags() -> frozenset[str]:
+    return frozenset(cpuinfo.get_cpu_info().get("flags", ()))
+
+
 @dataclass(frozen=True)
 class Devices:
     """Where this process computes, and its place among the processes of the run."""
@@ -129,6 +136,17 @@ class Devices:
     def main(self) -> bool:
         """Whether this process writes files."""
         return self.rank == 0
+
+    def uses_bfloat16(self, training: Training) -> bool:
+        """Whether autocast is on; what ``auto`` means here.
+
+        A processor without instructions for bfloat16 multiplies it several times slower than float32.
+        """
+        if training.autocast != "auto":
+            return training.autocast == "bfloat16"
+        if self.device.type == "cuda":
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+        return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(_processor_flags())
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum over processes, in place."""
@@ -331,7 +349,7 @@ class _Run:
             part = {name: torch.from_numpy(value).to(devices.device) for name, value in part.items()}
             with self._no_sync(module, i + 1 < training.accumulation):
                 with torch.autocast(
-                    devices.device.type, torch.bfloat16, enabled=training.autocast == "bfloat16", cache_enabled=True
+                    devices.device.type, torch.bfloat16, enabled=devices.uses_bfloat16(training), cache_enabled=True
                 ):
                     losses = module(**part, counts=counts)
                 # Gradients are averaged over processes, and the counts are of all of them already.

@@ -14,7 +14,7 @@ Papers, by the keys that docstrings use:
 [B158]         The Era of 1-bit LLMs: All Large Language Models are in 1.58 Bits. arXiv 2402.17764
 [B158-FAQ]     The Era of 1-bit LLMs: Training Tips, Code and FAQ. microsoft/unilm, 2024
 [2B4T]         BitNet b1.58 2B4T Technical Report. arXiv 2504.12285v2
-[a4.8]         BitNet a4.8: 4-bit Activations for 1-bit LLMs. arXiv 2411.04965
+[BitNet-a4.8]  BitNet a4.8: 4-bit Activations for 1-bit LLMs. arXiv 2411.04965
 [BitDistill]   BitNet Distillation. arXiv 2510.13998v1
 [TernaryBERT]  Distillation-aware Ultra-low Bit BERT. arXiv 2009.12812
 [bitnet.cpp]   Bitnet.cpp: Efficient Edge Inference for Ternary LLMs. arXiv 2502.11880v1; first report 2410.16144v2

@@ -104,7 +104,8 @@ def measure_kernels(
     types : sequence of str, optional
         Packing schemes of ours; all by default.
     peers : sequence of str
-        Of :data:`bitnet_ref.measure.peers.PEERS`. Under a cap of avx2, PyTorch runs once more with the same cap.
+        Of :data:`bitnet_ref.measure.peers.PEERS`. Under a cap of avx2, PyTorch runs once more with the same cap, and
+        only so if there is no other.
     n_rounds : int
     progress : callable(label, fraction done), optional
     serve_peer : callable
@@ -192,7 +193,8 @@ def _run(
     bandwidth: dict[int, list[float]] = {}
     peaks: dict[tuple[str, int], list[float]] = {}
     words = np.ones(_PROBE_BYTES // 8, np.uint64)
-    workers = [Worker(serve_peer, name) for name in peers if name != "numpy"]
+    capped_only = set(isas) == {"avx2"}
+    workers = [Worker(serve_peer, n) for n in peers if n != "numpy" and not (n == "torch" and capped_only)]
     if "torch" in peers and "avx2" in isas:
         workers.append(Worker(serve_peer, "torch", {"ONEDNN_MAX_CPU_ISA": "AVX2"}))
     try:

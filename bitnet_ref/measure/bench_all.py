@@ -14,8 +14,8 @@ from bitnet_ref.measure.targets import BEST, NotMeasured, batch_times, judge, la
 __all__ = ["markdown", "measure_all", "model_table"]
 
 _SPARSE = model_peers.Variant("base3", "q6_k", gate_zeros=0.714)
-"""In a published model of this network 71.4 % of W_up and 84.2 % of W_down add nothing ([BitNet-a4.8]). Here it is the same
-share of W_up, and a little less of W_down."""
+"""In a published model of this network 71.4 % of W_up and 84.2 % of W_down add nothing ([BitNet-a4.8]). Here it is the
+same share of W_up, and a little less of W_down."""
 _SMALLEST = model_peers.Variant("base3", "q4_0", cache="f16")
 _TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 128)
 

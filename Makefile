@@ -106,7 +106,7 @@ sanitize: $(VENV)/.dependencies  ## build with sanitisers and run the kernel tes
 	  tests/test_runtime.py
 
 # Peers are compiled for this very processor (llama.cpp some 20 minutes, ik_llama.cpp 10); nothing is done where they are installed.
-bench: bench-peers  ## measure every table of the README in one run, beside other programs (twelve minutes on a quiet machine)
+bench: bench-peers  ## measure every table of the README in one run, beside other programs (a quarter of an hour on a quiet machine with AVX-512)
 	$(BIN)/bitnet-ref bench all --out build/bench/$$(date -u +%Y-%m-%d).json
 
 bench-quick: bench-peers  ## a short look at the same, for no claim (two minutes)

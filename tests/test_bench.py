@@ -271,6 +271,39 @@ def test_the_command(tmp_path):
     assert [path.name for path in Path(tmp_path).iterdir() if "part" in path.name] == []
 
 
+@pytest.mark.parametrize(
+    ("here", "isas", "expected"),
+    [
+        (("scalar", "avx2", "avx512vnni"), (None, "avx2"), [None, {"ONEDNN_MAX_CPU_ISA": "AVX2"}]),
+        (("scalar", "avx2", "avx512vnni"), (None,), [None]),
+        (("scalar", "avx2"), (None, "avx2"), [{"ONEDNN_MAX_CPU_ISA": "AVX2"}]),
+        (("scalar", "avx2"), (None,), [None]),
+    ],
+)
+def test_pytorch_runs_once_where_the_cap_caps_nothing(monkeypatch, here, isas, expected):
+    started = []
+
+    class Started(Exception):
+        pass
+
+    class Recorder:
+        def __init__(self, serve, name, environment=None):
+            started.append(environment)
+
+        def close(self):
+            pass
+
+    def stop(label, fraction):  # before any kernel that this processor may not have is run
+        raise Started
+
+    monkeypatch.setattr(speed, "Worker", Recorder)
+    monkeypatch.setattr(speed, "check_available", lambda names: None)
+    monkeypatch.setattr(kernels, "processor_isas", lambda: here)
+    with pytest.raises(Started):
+        speed.measure_kernels("test", [SHAPE], (2,), (1,), isas, ("i2",), ("torch",), 1, stop)
+    assert started == expected
+
+
 # --- ratios -----------------------------------------------------------------------------------------------------------
 
 KERNEL = {"run": "r", "program": "bitnet_ref", "type": "i2", "op": "gemv", "m": 4, "k": 8, "tokens": 1, "threads": 1}

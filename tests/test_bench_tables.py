@@ -75,7 +75,10 @@ def document():
             for row in (
                 model("bitnet_ref", "base3", t, 45 * t, 150 * t, 750_000_000),
                 model("bitnet_ref", "base3", t, 55 * t, 150 * t, 950_000_000, network="sparse", gate_zeros=0.714,
-                      up_zeros=0.714, down_zeros=0.8, outside_fraction=0.3),
+                      up_zeros=0.714, down_zeros=0.8, up_listed=1.0, down_listed=0.5, outside_fraction=0.3),
+                model("bitnet_ref", "base3", t, 95 * t, 150 * t, 950_000_000, network="sparse", gate_zeros=0.9,
+                      up_zeros=0.9, down_zeros=0.95, up_listed=1.0, down_listed=1.0),  # not what the target is about
+                model("bitnet_ref", "base3", t, 70 * t, 150 * t, 500_000_000, head="f3"),
                 model("bitnet_ref", "base3", t, 60 * t, 200 * t, 700_000_000, head="q4_0", cache="f16",
                       read_bandwidth_fraction=0.9),
                 model("ik_llama.cpp", "IQ2_BN", t, 25 * t, 130 * t, 800_000_000),
@@ -166,6 +169,14 @@ def test_heads_are_not_mixed(document):
         assert found[work, what].value is None and "head f16" in found[work, what].reason
 
 
+def test_ours_alone_is_judged_without_peers(document):
+    part = document["parts"]["models"]
+    part["rows"] = [row for row in part["rows"] if row["program"] == "bitnet_ref" and row["head"] == "q6_k"]
+    found = verdicts(document)
+    assert found["2B4T decode", "of the read bandwidth"].value == pytest.approx(0.85)
+    assert found["2B4T decode", "1 thread, over the fastest peer with the same head"].verdict == "not measured"
+
+
 def test_runs_that_say_nothing_of_networks_are_of_dense_ones(document):
     rows = document["parts"]["models"]["rows"]
     rows[:] = [row for row in rows if row["network"] == "dense"]
@@ -187,7 +198,8 @@ def test_tables(document, tmp_path):
     assert "| 2B4T decode | 1 thread, over the fastest peer with the same head | >= 1.70x | 1.80x | met |" in text
     assert "| GEMV, 1 thread | base3 and i2: of the read bandwidth | >= 85% | 24% | **short** |" in text
     assert "| bitnet_ref | base3 | avx512vbmi | 150.0 (136.4-166.7) | 30% | 180.0 (163.6-200.0) | 36% |" in text
-    assert "| bitnet_ref | base3, 71% and 80% of W_up and W_down left out | q6_k | f32 | 55.0" in text
+    shares = "of W_up 71% add nothing, 100% of them read by lists, of W_down 80% and 50%"
+    assert f"| bitnet_ref | base3; {shares} | q6_k | f32 | 55.0" in text
     assert "| ik_llama.cpp | IQ2_BN | q6_k | f16 | 25.0 (22.7-27.8) | 130 | 50.0 (45.5-55.6) | 260 | 800 MB |" in text
     assert "Other processes" not in text and "quick run" not in text
     for table in text.split("\n\n"):

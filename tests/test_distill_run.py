@@ -172,6 +172,20 @@ def test_a_run_is_not_overwritten_and_another_configuration_is_refused(finished,
     assert done.exit_code == 1 and "losses.tau was 5.0 there and is 2.0 now" in done.output
 
 
+def test_auto_is_settled_once_for_a_run(monkeypatch):
+    """By the hardware, and not again where the run goes on; what was asked for by name stays."""
+    config = configs.load_config("tiny", ["teacher.autocast=auto", "blocks.autocast=bfloat16"])
+    devices = stages.Devices(torch.device("cpu"))
+    for able, name in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(stages.Devices, "uses_bfloat16", lambda self, training, able=able: able)
+        fresh = stages._settled(config, devices, {})
+        assert (fresh.teacher.autocast, fresh.blocks.autocast, fresh.direct.autocast) == (name, "bfloat16", "float32")
+        other = {"bfloat16": "float32", "float32": "bfloat16"}[name]
+        before = {"teacher": {"autocast": other}, "blocks": {"autocast": "float32"}}
+        gone_on = stages._settled(config, devices, before)
+        assert (gone_on.teacher.autocast, gone_on.blocks.autocast) == (other, "bfloat16")
+
+
 def test_a_run_that_stopped_goes_on(finished, tmp_path):
     """Its first stages are read, the others trained, to the same bytes as in one go."""
     out, _ = finished

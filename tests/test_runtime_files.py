@@ -19,7 +19,8 @@ from bitnet_ref.commands.model import COMMANDS, packaged_model
 from bitnet_ref.errors import FormatError
 from bitnet_ref.formats import convert, open_checkpoint
 from bitnet_ref.kernels import ISAS
-from bitnet_ref.measure.model_peers import Variant, serve_ours
+from bitnet_ref.measure import model_peers
+from bitnet_ref.measure.model_peers import PRESET, Variant, serve_ours
 from bitnet_ref.measure.peers import Worker
 from bitnet_ref.measure.random_file import write_random_model
 from bitnet_ref.reference.config import PUBLISHED, ModelConfig
@@ -173,12 +174,36 @@ def test_a_process_that_is_timed_opens_the_variant(tmp_path, gate_zeros):
     finally:
         worker.close()
     assert row.get("network", "dense") == variant.network
+    per_token = 2 * 2 * 2 * 64 * 2  # keys and values of two layers, two heads of 64, float16
+    assert row["cache_bytes"] == int(per_token * (8 + 5 / 2))
+    assert row["head_bytes"] == 1504 * 210  # groups of 16 rows, a block of q6_k each
     if gate_zeros is None:
         assert "up_zeros" not in row
     else:
         assert row["up_zeros"] == pytest.approx(0.75, abs=0.05) and row["down_zeros"] >= row["up_zeros"]
     with pytest.raises(ValueError, match="gate_zeros must lie between"):
         write_random_model(path, published, "base3", "q6_k", 0.3)
+
+
+def test_further_models_take_turns_with_the_first_head(tmp_path, monkeypatch):
+    published = dict(PUBLISHED[PRESET]) | {"num_hidden_layers": 2, "vocab_size": 1500, "hidden_size": 256}
+    published |= {"intermediate_size": 1280, "num_attention_heads": 4, "num_key_value_heads": 2}
+    monkeypatch.setattr(model_peers, "PUBLISHED", {PRESET: published})
+    monkeypatch.setattr(model_peers, "PRESETS", {PRESET: ModelConfig.from_hf(published)})
+    more = (Variant("base3", "q6_k", gate_zeros=0.75), Variant("base3", "q4_0", cache="f16"))
+    found = model_peers.measure_models_beside_peers(
+        "test", tmp_path, (), ("q6_k", "q8_0"), ("base3",), (1,), 30, 3, 1, more=more
+    )
+    keys = ("head", "cache", "network", "gate_zeros")
+    assert [tuple(row[key] for key in keys) for row in found["rows"]] == [
+        ("q6_k", "f32", "dense", None), ("q6_k", "f32", "sparse", 0.75), ("q4_0", "f16", "dense", None),
+        ("q8_0", "f32", "dense", None),
+    ]  # fmt: skip
+    assert [("up_zeros" in row, row["bytes_per_token"] > 0) for row in found["rows"]] == [
+        (False, True), (True, True), (False, True), (False, True),
+    ]  # fmt: skip
+    assert len({row["bytes_per_token"] for row in found["rows"]}) == 4
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_the_embedding_stays_what_the_file_holds(folder, reference):

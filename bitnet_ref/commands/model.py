@@ -403,6 +403,8 @@ def bench_model(
         raise ValueError("--peers compares models of random weights: give --preset and --random")
     if peers and (options["sparse"] or gate_zeros is not None):
         raise ValueError("--sparse and --gate-zeros are for this program alone, leave out --peers")
+    if peers and options["cache"] != "f32":
+        raise ValueError(f"--peers keeps keys and values of this program in f32, got --cache {options['cache']}")
     if gate_zeros is not None and preset is None:
         raise ValueError("--gate-zeros makes up weights: give --preset and --random")
     if preset is not None:

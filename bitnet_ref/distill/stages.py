@@ -143,12 +143,18 @@ def dry(config: Config) -> Config:
     )
 
 
-def _settled(config: Config, devices: Devices) -> Config:
-    """With the precision of each stage in place of ``auto``: what is written down and compared says which it was."""
+def _settled(config: Config, devices: Devices, before: Mapping[str, Any]) -> Config:
+    """With the precision of each stage in place of ``auto``: what is written down and compared says which it was.
+
+    A run that goes on keeps that of its ``config.json``, `before`, whatever this machine would choose. Otherwise it is
+    bfloat16 if every process has it.
+    """
+    able = devices.sum(torch.tensor(float(devices.uses_bfloat16(Training())), device=devices.device)).item()
+    here = "bfloat16" if able == devices.world else "float32"
     stages = {
-        field.name: replace(stage, autocast="bfloat16" if devices.uses_bfloat16(stage) else "float32")
+        field.name: replace(stage, autocast=before.get(field.name, {}).get("autocast", here))
         for field in fields(config)
-        if isinstance(stage := getattr(config, field.name), Training)
+        if isinstance(stage := getattr(config, field.name), Training) and stage.autocast == "auto"
     }
     return replace(config, **stages)
 
@@ -188,12 +194,14 @@ class Run:
         devices: Devices | None = None,
     ) -> None:
         self.devices = devices or Devices.start(config.sharding)
-        config = _settled(config, self.devices)
-        self.config, self.out, self.quiet = config, Path(out), quiet
+        self.out, self.quiet = Path(out), quiet
         self.say = say if say and self.devices.main else lambda text: None
         if (self.out / "config.json").exists() and not resume:
             raise ValueError(f"{self.out} holds a run already: say --resume to go on with it, or give another --out")
         self.out.mkdir(parents=True, exist_ok=True)
+        there = self.out / "config.json"
+        before = json.loads(there.read_text(encoding="utf-8")) if there.exists() else {}
+        self.config = config = _settled(config, self.devices, before)
         if self.devices.device.type == "cuda":
             # A resumed run has the losses of an uninterrupted one only if each operation is repeatable. Those of
             # processors are; CUDA has to be asked.

@@ -9,13 +9,12 @@ from typing import Any
 
 from bitnet_ref import kernels
 from bitnet_ref.measure import model_peers, speed
-from bitnet_ref.measure.targets import BEST, NotMeasured, batch_times, judge, layers
+from bitnet_ref.measure.targets import BEST, GATE_ZEROS, NotMeasured, batch_times, judge, layers
 
 __all__ = ["markdown", "measure_all", "model_table"]
 
-_SPARSE = model_peers.Variant("base3", "q6_k", gate_zeros=0.714)
-"""In a published model of this network 71.4 % of W_up and 84.2 % of W_down add nothing ([BitNet-a4.8]). Here it is the
-same share of W_up, and a little less of W_down."""
+_ISAS = (None, "avx2")
+_SPARSE = model_peers.Variant("base3", "q6_k", gate_zeros=GATE_ZEROS)
 _SMALLEST = model_peers.Variant("base3", "q4_0", cache="f16")
 _TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 128)
 
@@ -47,11 +46,7 @@ def measure_all(
     """
     report = progress or (lambda label, fraction: None)
     start = time.perf_counter()
-    # As it is, and capped. Where AVX2 is the best that the processor has, both would be the same.
-    processor = kernels.processor_isas()
-    isas: tuple[str | None, ...] = (None,)
-    if "avx2" in processor:
-        isas = (None, "avx2") if processor[-1] != "avx2" else ("avx2",)
+    isas = _ISAS if "avx2" in kernels.processor_isas() else (None,)
     shapes = speed.SHAPES_2B4T
     n = 3 if quick else 7
 
@@ -196,19 +191,23 @@ def model_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines.append(f"| program | type | head | cache | {' | '.join(heads)} | peak RSS |")
     lines.append("| --- " * (5 + len(heads)) + "|")
     # Runs up to 2026-11-25 say nothing of caches and networks.
-    keys = ("program", "type", "network", "head", "cache")
+    keys = ("program", "type", "network", "gate_zeros", "head", "cache")
     for name in dict.fromkeys(tuple(row.get(key) for key in keys) for row in rows):
-        cells, peak = [], 0
+        of_name = {row["threads"]: row for row in rows if tuple(row.get(key) for key in keys) == name}
+        cells = []
         for n in counts:
-            row = next(r for r in rows if (*(r.get(key) for key in keys), r["threads"]) == (*name, n))
+            row = of_name[n]
             low, high = 1e9 / row["high_ns"], 1e9 / row["low_ns"]
             cells += [
                 f"{row['decode_tokens_per_s']:.1f} ({low:.1f}-{high:.1f})", f"{row['prefill_tokens_per_s']:.0f}"
             ]  # fmt: skip
-            peak = max(peak, row["peak_resident_bytes"])
-        program, type_name, network, head, cache = name
+        cells.append(f"{max(row['peak_resident_bytes'] for row in of_name.values()) / 1e6:.0f} MB")
+        program, type_name, network, _, head, cache = name
         if network == "sparse":
-            type_name += f", {row['up_zeros']:.0%} and {row['down_zeros']:.0%} of W_up and W_down left out"
-        cells.append(f"{peak / 1e6:.0f} MB")
+            row = of_name[counts[-1]]
+            type_name += (
+                f"; of W_up {row['up_zeros']:.0%} add nothing, {row['up_listed']:.0%} of them read by lists, of W_down "
+                f"{row['down_zeros']:.0%} and {row['down_listed']:.0%}"
+            )
         lines.append(f"| {program} | {type_name} | {head} | {cache or ''} | {' | '.join(cells)} |")
     return [*lines, ""]

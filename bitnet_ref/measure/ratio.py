@@ -15,9 +15,12 @@ __all__ = ["LIKE", "UnlikeError", "ratio"]
 
 LIKE = {
     "kernels": ("run", "op", "m", "k", "tokens", "threads"),
-    "model": ("run", "model", "head", "n_prompt", "n_generate", "batch", "threads"),
+    "model": ("run", "model", "network", "head", "n_prompt", "n_generate", "batch", "threads"),
 }
 """What must be equal, by the kind of benchmark."""
+
+_BEFORE = {"network": "dense"}
+"""What rows of results are that were written before there was anything else."""
 
 _WORDS = {
     "run": "run",
@@ -27,6 +30,7 @@ _WORDS = {
     "tokens": "batch (tokens)",
     "threads": "number of threads",
     "model": "model",
+    "network": "network (dense or sparse)",
     "head": "type of embedding and head",
     "n_prompt": "prompt length",
     "n_generate": "number of generated tokens",
@@ -67,12 +71,11 @@ def ratio(
     for key in LIKE[kind]:
         if key in but:
             continue
-        if key not in ours or key not in theirs or ours[key] is None or theirs[key] is None:
+        mine, other = (row.get(key, _BEFORE.get(key)) for row in (ours, theirs))
+        if mine is None or other is None:
             raise UnlikeError(f"a ratio needs the {_WORDS[key]} of both rows, which is unknown here: {names}")
-        if ours[key] != theirs[key]:
-            raise UnlikeError(
-                f"a ratio needs the same {_WORDS[key]} on both sides, got {ours[key]} and {theirs[key]}: {names}"
-            )
+        if mine != other:
+            raise UnlikeError(f"a ratio needs the same {_WORDS[key]} on both sides, got {mine} and {other}: {names}")
     for row in (ours, theirs):
         if row.get("verified") is not True:
             raise UnlikeError(f"a ratio needs results that were verified, got an unverified row: {_name(row)}")

@@ -105,7 +105,7 @@ def measure_kernels(
         Packing schemes of ours; all by default.
     peers : sequence of str
         Of :data:`bitnet_ref.measure.peers.PEERS`. Under a cap of avx2, PyTorch runs once more with the same cap, and
-        only so if there is no other.
+        only so on a processor that has no more.
     n_rounds : int
     progress : callable(label, fraction done), optional
     serve_peer : callable
@@ -193,9 +193,11 @@ def _run(
     bandwidth: dict[int, list[float]] = {}
     peaks: dict[tuple[str, int], list[float]] = {}
     words = np.ones(_PROBE_BYTES // 8, np.uint64)
-    capped_only = set(isas) == {"avx2"}
-    workers = [Worker(serve_peer, n) for n in peers if n != "numpy" and not (n == "torch" and capped_only)]
-    if "torch" in peers and "avx2" in isas:
+    torch_capped = "torch" in peers and "avx2" in isas
+    # A cap that is all the processor has caps nothing: then PyTorch runs once, by that name.
+    same = torch_capped and kernels.processor_isas()[-1] == "avx2"
+    workers = [Worker(serve_peer, name) for name in peers if name != "numpy" and not (name == "torch" and same)]
+    if torch_capped:
         workers.append(Worker(serve_peer, "torch", {"ONEDNN_MAX_CPU_ISA": "AVX2"}))
     try:
         for done, (tokens, (m, k), threads) in enumerate(stages):

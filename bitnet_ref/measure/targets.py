@@ -105,6 +105,9 @@ def _all_threads(rows: Rows) -> int:
 
 
 BEST = ("avx512vbmi", "avx512vnni")
+GATE_ZEROS = 0.714
+"""Share of gates that are not positive in the model that leaves rows out. In a published model 71.4 % of W_up and
+84.2 % of W_down add nothing ([BitNet-a4.8]); here it is the same share of W_up, and a little less of W_down."""
 RATE = "weights_per_s"
 
 
@@ -184,15 +187,16 @@ def _peer_heads(rows: Rows) -> list[str]:
     return heads
 
 
-def _model(column: str, every: bool, network: tuple[str | None, ...] = DENSE) -> Any:
+def _model(column: str, every: bool, but: tuple[str, ...] = (), **ours_is: Any) -> Any:
     def compute(parts: Mapping[str, Rows]) -> float:
         rows = parts["models"]
         threads = _all_threads(rows) if every else 1
         found = []
         for head in _peer_heads(rows):
-            ours = pick(rows, column, program="bitnet_ref", head=head, threads=threads, network=network)
+            about = {"network": DENSE, **ours_is}
+            ours = pick(rows, column, program="bitnet_ref", head=head, threads=threads, **about)
             theirs = pick(rows, column, program=PEERS, head=head, threads=threads)
-            found.append(ratio(ours, theirs, column, kind="model"))
+            found.append(ratio(ours, theirs, column, kind="model", but=but))
         return min(found)
 
     return compute
@@ -201,10 +205,10 @@ def _model(column: str, every: bool, network: tuple[str | None, ...] = DENSE) ->
 def _model_own(column: str) -> Any:
     def compute(parts: Mapping[str, Rows]) -> float:
         rows = parts["models"]
-        heads = tuple(_peer_heads(rows))
-        row = pick(
-            rows, "decode_tokens_per_s", program="bitnet_ref", head=heads, threads=_all_threads(rows), network=DENSE
-        )
+        about = {"program": "bitnet_ref", "network": DENSE, "threads": _all_threads(rows)}
+        if any(row["program"] in PEERS for row in rows):
+            about["head"] = tuple(_peer_heads(rows))
+        row = pick(rows, "decode_tokens_per_s", **about)
         if row.get(column) is None:
             raise NotMeasured(f"no {column}")
         return row[column]
@@ -224,9 +228,13 @@ def _memory_over_peers(parts: Mapping[str, Rows]) -> float:
 
 
 def _memory(parts: Mapping[str, Rows]) -> float:
-    ours = [row["peak_resident_bytes"] for row in parts["models"] if row["program"] == "bitnet_ref"]
+    ours = [
+        row["peak_resident_bytes"]
+        for row in parts["models"]
+        if row["program"] == "bitnet_ref" and row["head"] in ("q4_0", "q6_k")
+    ]
     if not ours:
-        raise NotMeasured("no models")
+        raise NotMeasured("no models with a head of 4 to 6 bits")
     return min(ours) / 1e9
 
 
@@ -296,7 +304,7 @@ TARGETS: tuple[Target, ...] = (
     ),
     Target(
         "2B4T decode", "all threads, rows that add nothing left out (71 % of W_up), over the fastest peer", 1.6,
-        _model("decode_tokens_per_s", True, ("sparse",)),
+        _model("decode_tokens_per_s", True, ("network",), network="sparse", gate_zeros=GATE_ZEROS),
     ),
     Target("2B4T decode", "of the read bandwidth", 0.8, _model_own("read_bandwidth_fraction"), "%"),
     Target(

@@ -304,6 +304,20 @@ def test_pytorch_runs_once_where_the_cap_caps_nothing(monkeypatch, here, isas, e
     assert started == expected
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--cache=f16"], "--peers keeps keys and values of this program in f32, got --cache f16"),
+        (["--sparse"], "--sparse and --gate-zeros are for this program alone"),
+        (["--gate-zeros=0.8"], "--sparse and --gate-zeros are for this program alone"),
+    ],
+)
+def test_what_peers_do_not_have_is_refused_beside_them(option, message):
+    words = ["bench", "model", "--preset=2b4t", "--random", "--peers=llama.cpp", *option]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 1 and message in result.output
+
+
 # --- ratios -----------------------------------------------------------------------------------------------------------
 
 KERNEL = {"run": "r", "program": "bitnet_ref", "type": "i2", "op": "gemv", "m": 4, "k": 8, "tokens": 1, "threads": 1}

@@ -196,10 +196,10 @@ class Run:
         self.devices = devices or Devices.start(config.sharding)
         self.out, self.quiet = Path(out), quiet
         self.say = say if say and self.devices.main else lambda text: None
-        if (self.out / "config.json").exists() and not resume:
+        there = self.out / "config.json"
+        if there.exists() and not resume:
             raise ValueError(f"{self.out} holds a run already: say --resume to go on with it, or give another --out")
         self.out.mkdir(parents=True, exist_ok=True)
-        there = self.out / "config.json"
         before = json.loads(there.read_text(encoding="utf-8")) if there.exists() else {}
         self.config = config = _settled(config, self.devices, before)
         if self.devices.device.type == "cuda":
@@ -220,7 +220,7 @@ class Run:
         self._model_digest = digest(config.model, models.fingerprint(config.model), self.encoder.sha256)
         self._data_digest = digest(self.splits.sha256, dataclasses.asdict(self.task))
         if self.devices.main:
-            _write_json(self.out / "config.json", dataclasses.asdict(config))
+            _write_json(there, dataclasses.asdict(config))
             (self.out / "splits.txt").write_text(self.splits.table() + "\n", encoding="utf-8")
             about = {
                 "torch": torch.__version__,

@@ -372,6 +372,31 @@ def test_a_turn_is_timed_when_all_threads_are_awake(monkeypatch):
     assert program.turn()[0] == 100_000
 
 
+def test_a_machine_that_became_slower_is_waited_for_once(monkeypatch):
+    """Half as slow again for good: otherwise each turn of each program would take a second more."""
+    now, call_ns = [0], [100_000]
+    monkeypatch.setattr(turns.time, "perf_counter_ns", lambda: now[0])
+
+    def call(i):
+        now[0] += call_ns[0]
+
+    program = turns.sized({}, call)
+    call_ns[0] = 150_000
+    waits = []
+    for _ in range(3):
+        begun = now[0]
+        assert program.turn()[0] == 150_000
+        waits.append(now[0] - begun)
+    assert waits[0] > turns.LONGEST_WAKE_NS
+    assert max(waits[1:]) < 2 * (turns.WAKE_NS + turns.SLICE_NS)
+    call_ns[0] = 100_000  # and fast again: what was the mark is the mark
+    assert program.turn()[0] == 100_000
+    call_ns[0] = 150_000
+    begun = now[0]
+    program.turn()
+    assert now[0] - begun > turns.LONGEST_WAKE_NS
+
+
 def test_work_before_a_turn_is_the_programs_own(monkeypatch):
     """Otherwise rounds with a program in another process look as if something else had used the machine."""
     now = [0]

@@ -32,7 +32,8 @@ LONGEST_WAKE_NS = 1_000_000_000
 """Untimed work before each turn. Workers that slept may wake on the processor of the one that woke them, and the system
 takes a while to part them; until then every barrier waits for a time slice: 3 ms a product, not 0.1. Where another
 program's workers still spin on the other processor, that lasts until they sleep. So the work goes on until a call takes
-less than AWAKE times what the fastest ever has taken, for a second at most."""
+less than AWAKE times what the fastest has taken, for a second at most. A second in vain may mean that the machine has
+become slower: what counts as the fastest is AWAKE times longer from then on, or every later turn would wait as long."""
 
 FIRST_WAKE_NS = 300_000_000
 """The same before anything is known: two threads on one processor for all of 30 ms would make half speed the norm."""
@@ -66,7 +67,7 @@ def wake(call: Callable[[], object], fastest_ns: float = math.inf, least_ns: int
     Returns
     -------
     float
-        The shortest call so far, with these.
+        The shortest call so far, with these; AWAKE times that where none came near it in the longest time.
     """
     start = now = time.perf_counter_ns()
     taken = math.inf
@@ -74,7 +75,7 @@ def wake(call: Callable[[], object], fastest_ns: float = math.inf, least_ns: int
         call()
         taken, now = time.perf_counter_ns() - now, time.perf_counter_ns()
         fastest_ns = min(fastest_ns, taken)
-    return fastest_ns
+    return fastest_ns if taken <= AWAKE * fastest_ns else AWAKE * fastest_ns
 
 
 def sized(row: dict[str, Any], call: Callable[[int], object]) -> Program:

@@ -26,6 +26,8 @@ LIMIT = 1.10
 # Tokens, columns (whole blocks of every scheme) and tiles. A tile of a table scheme holds 64 rows.
 SIZES = {"gemv": (1, 960, 8), "gemm": (30, 576, 16)}
 SIZES_TABLES = {"gemv": (1, 576, 2), "gemm": (4, 576, 1)}
+SIZES_ROWS = (1, 960, 48)
+"""Of products with listed rows; every other row is listed. Four rows at a time are added by ``addrows``."""
 
 PTRACE_PEEKUSER, PTRACE_CONT, PTRACE_SINGLESTEP = 3, 7, 9
 OFFSET_OF_RIP = 128  # in the kernel's struct user of x86-64
@@ -37,8 +39,12 @@ from bitnet_ref import kernels
 from bitnet_ref.reference.packing import pack
 
 # The compiled call alone is stepped through, with whatever arguments the registry gives it: Python would be most of it.
-matmul, calls = kernels._matmul.matmul, []
-kernels._matmul = types.SimpleNamespace(matmul=lambda *arguments: calls.append(arguments))
+calls = []
+def kept(call):
+    return lambda *arguments: calls.append((call, arguments))
+rows = kernels._rows
+kernels._matmul = types.SimpleNamespace(matmul=kept(kernels._matmul.matmul))
+kernels._rows = types.SimpleNamespace(dot_rows=kept(rows.dot_rows), add_rows=kept(rows.add_rows))
 rng = np.random.default_rng(0)
 if ctypes.CDLL(None, use_errno=True).ptrace(0, 0, None, None) != 0:
     sys.exit("ptrace is refused here: " + os.strerror(ctypes.get_errno()))
@@ -46,10 +52,16 @@ for job in sys.argv[1:]:
     name, tokens, k, m = job.split(",")
     kernel, shape = kernels.get(name), (int(m), int(k))
     packed = pack(rng.integers(-1, 2, shape, dtype=np.int8), kernel.name.scheme)
-    x_q = rng.integers(-127, 128, (int(tokens), int(k)), dtype=np.int8)
-    kernel(x_q, packed, n_threads=1)
+    if kernel.name.op in kernels.ROW_PRODUCTS:
+        dots = kernel.name.op == "dotrows"
+        x_q = rng.integers(-127, 128, int(k) if dots else int(m), dtype=np.int8)
+        listed = np.arange(0, int(m), 2, dtype=np.int32)
+        (kernel.dot_rows if dots else kernel.add_rows)(x_q, packed, listed, n_threads=1)
+    else:
+        kernel(rng.integers(-127, 128, (int(tokens), int(k)), dtype=np.int8), packed, n_threads=1)
+    call, arguments = calls.pop()
     os.kill(os.getpid(), signal.SIGSTOP)
-    matmul(*calls.pop())
+    call(*arguments)
     os.kill(os.getpid(), signal.SIGSTOP)
 """
 
@@ -59,22 +71,34 @@ def compiler_key(compiler):
     return compiler.split(".")[0]
 
 
+def counted_names(find):
+    """Which of ``kernels.compiled`` or ``kernels.supported`` are counted: all that read weights, but scalar ones."""
+    from bitnet_ref.kernels import PRODUCTS, ROW_PRODUCTS
+
+    return [name for name in find(*PRODUCTS, *ROW_PRODUCTS) if name.isa != "scalar"]
+
+
 def count(names):
     """Instructions for a byte of packed weights (and token) of each of these kernels, as {name: float}.
+
+    Bytes are those that are read: of rows that are not listed, none.
 
     Raises
     ------
     PermissionError
         If this system lets no process trace its own child.
     """
+    from bitnet_ref.kernels import ROW_PRODUCTS
     from bitnet_ref.reference.packing import get_scheme
 
     jobs, sizes = [], []
     for name in names:
-        scheme = get_scheme(name.scheme)
-        tokens, columns, tiles = (SIZES if scheme.rows <= 16 else SIZES_TABLES)[name.op]
+        scheme, listed = get_scheme(name.scheme), name.op in ROW_PRODUCTS
+        sizes_of = SIZES if scheme.rows <= 16 else SIZES_TABLES
+        tokens, columns, tiles = SIZES_ROWS if listed else sizes_of[name.op]
         jobs.append(f"{name},{tokens},{columns},{tiles * scheme.rows}")
-        sizes.append(tiles * -(-columns // scheme.block) * scheme.tile_block_bytes * tokens)
+        n_bytes = tiles * -(-columns // scheme.block) * scheme.tile_block_bytes * tokens
+        sizes.append(n_bytes / 2 if listed else n_bytes)
     counts = trace([sys.executable, "-P", "-c", CHILD, *jobs], names)
     return {name: n / size for name, n, size in zip(names, counts, sizes, strict=True)}
 
@@ -150,10 +174,10 @@ def _code_of(pid, module):
 def main():
     from bitnet_ref import kernels
 
-    names = [name for name in kernels.supported() if name.isa != "scalar"]
+    names = counted_names(kernels.supported)
     table = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
     key = compiler_key(kernels.COMPILER)
-    kept = {name: value for name, value in table.get(key, {}).items() if name in kernels.compiled()}
+    kept = {name: value for name, value in table.get(key, {}).items() if name in counted_names(kernels.compiled)}
     table[key] = dict(sorted((kept | {name: round(value, 4) for name, value in count(names).items()}).items()))
     FIGURES.write_text(json.dumps(table, indent=2) + "\n")
     print(f"{FIGURES}: {len(names)} kernels counted for {key}")

@@ -28,14 +28,13 @@ def counted():
     """Instructions for a byte of weights of every kernel that can run here, all counted in one process."""
     if not HERE:
         pytest.skip("steps are counted on Linux on x86-64 only")
-    names = [name for name in kernels.supported() if name.isa != "scalar"]
     try:
-        return counts.count(names)
+        return counts.count(counts.counted_names(kernels.supported))
     except PermissionError as error:
         unavailable(str(error))
 
 
-@pytest.mark.parametrize("name", [n for n in kernels.compiled() if n.isa != "scalar"], ids=str)
+@pytest.mark.parametrize("name", counts.counted_names(kernels.compiled), ids=str)
 def test_a_kernel_does_not_grow(name, counted, runnable):
     runnable(name)
     if COMPILER not in TABLE:
@@ -46,11 +45,12 @@ def test_a_kernel_does_not_grow(name, counted, runnable):
 
 
 def test_figures_name_kernels_of_this_build():
-    built = set(map(str, kernels.compiled()))
+    names = counts.counted_names(kernels.compiled)
+    built = set(map(str, names))
     for compiler, table in TABLE.items():
         gone = sorted(set(table) - built)
         # A build for fewer instruction sets lacks some; a kernel that no build has is a stale line.
-        assert not [n for n in gone if kernels.KernelName(n).isa in {k.isa for k in kernels.compiled()}], (
+        assert not [n for n in gone if kernels.KernelName(n).isa in {name.isa for name in names}], (
             f"{compiler}: {gone} are in no build; `make counts` drops them"
         )
 

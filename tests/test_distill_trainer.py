@@ -484,12 +484,14 @@ for steps in (5, 8):  # the second goes on from the checkpoint of the first
     made = t.distillation(seed=1 if steps == 5 else 4)
     rising = 2 / steps  # two steps of rising quantisation in both
     training = replace(t.TRAINING, schedule="constant", warm_up=0.0, steps=steps, accumulation=2, quantize_over=rising)
+    training = replace(training, trained=sys.argv[3])
     t.run(sys.argv[1], training, made=made, devices=devices)
 """
 
 
+@pytest.mark.parametrize("trained", ["all", "vectors"])
 @pytest.mark.parametrize("sharding", ["none", "full"])
-def test_two_processes_have_the_losses_of_one(tmp_path, sharding):
+def test_two_processes_have_the_losses_of_one(tmp_path, sharding, trained):
     """The same global batches: DDP and FSDP, two rows each, one at a time, up to the order of float32 sums."""
     script = tmp_path / "script.py"
     script.write_text(PROGRAM, encoding="utf-8")
@@ -497,11 +499,11 @@ def test_two_processes_have_the_losses_of_one(tmp_path, sharding):
     how = ["--use_fsdp", "--fsdp_version", "2"] if sharding == "full" else ["--multi_gpu"]
     how += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *how, "--main_process_port", "0"]
-    arguments = [str(script), str(tmp_path / "two"), str(Path(__file__).parent)]
+    arguments = [str(script), str(tmp_path / "two"), str(Path(__file__).parent), trained]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=500, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    run(tmp_path / "one", replace(TRAINING, schedule="constant", warm_up=0.0, quantize_over=0.25))
+    run(tmp_path / "one", replace(TRAINING, schedule="constant", warm_up=0.0, quantize_over=0.25, trained=trained))
     # Adam divides by the root of the second moment, so where a gradient is near nothing its rounding counts.
     np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=1e-3)
     lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]

@@ -341,6 +341,12 @@ IN_KERNELS = {
         {"long rows, worst case"},
         {"dense random"},
     ),
+    "later tiles of few tokens where the first belong": (
+        "gemm_i8_i2_4x64__avx2",
+        [("strip_rows.pyx.j2", "out += {{ rows }} * tiles", "out += 0 * tiles")],
+        {"few tokens, many tiles"},
+        {"panels"},
+    ),
     "strips wider than their parts": (
         "gemm_i8_base3_5x64__avx2",
         [("strip_rows.pyx.j2", "isa.PART_LIMIT // 4 * isa.VB", "isa.PART_LIMIT * isa.VB")],

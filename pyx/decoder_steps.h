@@ -528,7 +528,8 @@ STEP_INLINE void attend_heads(int G, int half, int several, ptrdiff_t tokens, co
     key_scores(G, R, half && !widen, t == 0 && !widen, q + 4 * t * padded, padded, keys + s * row_bytes, row_bytes, scale,              \
                scores + 4 * t * stride + first + s, stride, largest[t])
 #if defined(__AVX512F__) /* registers for the sums of four keys, which share the loads of the queries */
-            for (; s + 4 <= seen; s += 4) CALL(4);
+            if (half || several)
+                for (; s + 4 <= seen; s += 4) CALL(4);
 #endif
             for (; s < seen; s++) CALL(1);
 #undef CALL

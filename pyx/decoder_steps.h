@@ -475,7 +475,7 @@ STEP_INLINE void key_scores(int G, int R, int half, int ahead, const float *q, p
 
 /* Sums of G heads for `vectors` vectors of columns, in registers: row after row, with all lines of these columns. Column after
  * column, with a run of 64 bytes in each of the rows, took three times as long. */
-STEP_INLINE void add_values(int G, int vectors, int half, const char *values, ptrdiff_t row_bytes, ptrdiff_t count,
+STEP_INLINE void add_values(int G, int vectors, int half, int several, const char *values, ptrdiff_t row_bytes, ptrdiff_t count,
                             const float *scores, ptrdiff_t stride, float *sums, ptrdiff_t padded, int ahead) {
     vec_f32 sum[4][8 * NF];
     for (int g = 0; g < G; g++)
@@ -486,7 +486,7 @@ STEP_INLINE void add_values(int G, int vectors, int half, const char *values, pt
         for (int i = 0; i < vectors; i++) {
             if (ahead && !half && i * WIDTH % 64 == 0) __builtin_prefetch(values + 8 * row_bytes + i * WIDTH);
             vec_f32 value = cache_load(values, i * (WIDTH / 4), half);
-            KEEP(value);
+            if (several) KEEP(value); /* from memory, one token is faster with two loads */
             for (int g = 0; g < G; g++) sum[g][i] += scores[g * stride + s] * value;
         }
     }
@@ -523,9 +523,10 @@ STEP_INLINE void attend_heads(int G, int half, int several, ptrdiff_t tokens, co
                                  : cache_rows(k + first * k_stride, k_stride, count, d, size, copy, &row_bytes);
         for (ptrdiff_t t = 0; t < tokens; t++) {
             const ptrdiff_t left = n - first - (tokens - 1 - t), seen = left < count ? left : count;
+            const int ahead = !several || (t == 0 && !widen);
             ptrdiff_t s = 0;
 #define CALL(R)                                                                                                       \
-    key_scores(G, R, half && !widen, t == 0 && !widen, q + 4 * t * padded, padded, keys + s * row_bytes, row_bytes, scale,              \
+    key_scores(G, R, half && !widen, ahead, q + 4 * t * padded, padded, keys + s * row_bytes, row_bytes, scale,              \
                scores + 4 * t * stride + first + s, stride, largest[t])
 #if defined(__AVX512F__) /* registers for the sums of four keys, which share the loads of the queries */
             if (half || several)
@@ -558,13 +559,14 @@ STEP_INLINE void attend_heads(int G, int half, int several, ptrdiff_t tokens, co
         const ptrdiff_t whole = VALUE_VECTORS(heads) * (WIDTH / 4);
         for (ptrdiff_t t = 0; t < tokens; t++) {
             const ptrdiff_t left = n - first - (tokens - 1 - t), seen = left < count ? left : count;
+            const int ahead = !several || (t == 0 && !widen);
             for (int g = 0; g < G; g += heads)
                 for (ptrdiff_t i = 0, width; i < padded; i += width) {
                     const ptrdiff_t rest = padded - i;
                     width = rest >= whole ? whole : whole > 64 && rest >= 64 ? 64 : 16;
 #define CALL(VECTORS)                                                                                                 \
-    add_values(heads, VECTORS, half && !widen, values + size * i, row_bytes, seen, scores + (4 * t + g) * stride + first, stride, \
-               sums + (4 * t + g) * padded + i, padded, t == 0 && !widen && g == 0 && size * i % 64 == 0)
+    add_values(heads, VECTORS, half && !widen, several, values + size * i, row_bytes, seen, scores + (4 * t + g) * stride + first, stride, \
+               sums + (4 * t + g) * padded + i, padded, ahead && g == 0 && size * i % 64 == 0)
                     if (width == whole) CALL(VALUE_VECTORS(heads));
                     else if (width == 64) CALL(4 * NF);
                     else CALL(NF);

@@ -486,7 +486,7 @@ STEP_INLINE void add_values(int G, int vectors, int half, int several, const cha
         for (int i = 0; i < vectors; i++) {
             if (ahead && !half && i * WIDTH % 64 == 0) __builtin_prefetch(values + 8 * row_bytes + i * WIDTH);
             vec_f32 value = cache_load(values, i * (WIDTH / 4), half);
-            if (several) KEEP(value); /* from memory, one token is faster with two loads */
+            if (several) KEEP(value); /* one token, from memory, is faster with a load for each head */
             for (int g = 0; g < G; g++) sum[g][i] += scores[g * stride + s] * value;
         }
     }
@@ -526,7 +526,7 @@ STEP_INLINE void attend_heads(int G, int half, int several, ptrdiff_t tokens, co
             const int ahead = !several || (t == 0 && !widen);
             ptrdiff_t s = 0;
 #define CALL(R)                                                                                                       \
-    key_scores(G, R, half && !widen, ahead, q + 4 * t * padded, padded, keys + s * row_bytes, row_bytes, scale,              \
+    key_scores(G, R, half && !widen, ahead, q + 4 * t * padded, padded, keys + s * row_bytes, row_bytes, scale,       \
                scores + 4 * t * stride + first + s, stride, largest[t])
 #if defined(__AVX512F__) /* registers for the sums of four keys, which share the loads of the queries */
             if (half || several)
@@ -565,8 +565,9 @@ STEP_INLINE void attend_heads(int G, int half, int several, ptrdiff_t tokens, co
                     const ptrdiff_t rest = padded - i;
                     width = rest >= whole ? whole : whole > 64 && rest >= 64 ? 64 : 16;
 #define CALL(VECTORS)                                                                                                 \
-    add_values(heads, VECTORS, half && !widen, several, values + size * i, row_bytes, seen, scores + (4 * t + g) * stride + first, stride, \
-               sums + (4 * t + g) * padded + i, padded, ahead && g == 0 && size * i % 64 == 0)
+    add_values(heads, VECTORS, half && !widen, several, values + size * i, row_bytes, seen,                           \
+               scores + (4 * t + g) * stride + first, stride, sums + (4 * t + g) * padded + i, padded,                \
+               ahead && g == 0 && size * i % 64 == 0)
                     if (width == whole) CALL(VALUE_VECTORS(heads));
                     else if (width == 64) CALL(4 * NF);
                     else CALL(NF);

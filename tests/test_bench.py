@@ -307,7 +307,6 @@ def test_pytorch_runs_once_where_the_cap_caps_nothing(monkeypatch, here, isas, e
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (["--cache=f16"], "--peers keeps keys and values of this program in f32, got --cache f16"),
         (["--sparse"], "--sparse and --gate-zeros are for this program alone"),
         (["--gate-zeros=0.8"], "--sparse and --gate-zeros are for this program alone"),
     ],
@@ -323,7 +322,7 @@ def test_what_peers_do_not_have_is_refused_beside_them(option, message):
 KERNEL = {"run": "r", "program": "bitnet_ref", "type": "i2", "op": "gemv", "m": 4, "k": 8, "tokens": 1, "threads": 1}
 KERNEL |= {"verified": True, "weights_per_s": 6.0}
 MODEL = {"run": "r", "program": "bitnet_ref", "type": "i2", "model": "2B4T", "head": "q6_k", "n_prompt": 512}
-MODEL |= {"n_generate": 32, "batch": 1, "threads": 1, "verified": True, "decode_tokens_per_s": 6.0}
+MODEL |= {"cache": "f16", "n_generate": 32, "batch": 1, "threads": 1, "verified": True, "decode_tokens_per_s": 6.0}
 CASES = {"kernels": (KERNEL, "weights_per_s"), "model": (MODEL, "decode_tokens_per_s")}
 
 

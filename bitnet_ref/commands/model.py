@@ -403,8 +403,6 @@ def bench_model(
         raise ValueError("--peers compares models of random weights: give --preset and --random")
     if peers and (options["sparse"] or gate_zeros is not None):
         raise ValueError("--sparse and --gate-zeros are for this program alone, leave out --peers")
-    if peers and options["cache"] != "f32":
-        raise ValueError(f"--peers keeps keys and values of this program in f32, got --cache {options['cache']}")
     if gate_zeros is not None and preset is None:
         raise ValueError("--gate-zeros makes up weights: give --preset and --random")
     if preset is not None:
@@ -496,7 +494,7 @@ def _bench_beside_peers(
 
     words = ["bitnet-ref", "bench", "model", "--preset", preset, "--random", f"--peers={peers}"]
     words += [f"--threads={n}" for n in threads] + [f"--prompt={n_prompt}", f"--generate={n_generate}"]
-    words += [f"--scheme={options['scheme']}", f"--head={options['head']}"]
+    words += [f"--scheme={options['scheme']}", f"--head={options['head']}", f"--cache={options['cache']}"]
     with bar() as progress:
         task = progress.add_task("starting", total=1.0)
         found = measure_models_beside_peers(
@@ -509,6 +507,7 @@ def _bench_beside_peers(
             n_prompt,
             n_generate,
             preset=preset,
+            cache=options["cache"],
             progress=lambda label, fraction: progress.update(task, description=label, completed=fraction),
         )
     if as_json:

@@ -14,8 +14,11 @@ from bitnet_ref.measure.targets import BEST, GATE_ZEROS, NotMeasured, batch_time
 __all__ = ["markdown", "measure_all", "model_table"]
 
 _ISAS = (None, "avx2")
-_SPARSE = model_peers.Variant("base3", "q6_k", gate_zeros=GATE_ZEROS)
-_SMALLEST = model_peers.Variant("base3", "q4_0", cache="f16")
+_MORE_MODELS = (
+    model_peers.Variant("base3", "q6_k", "f16", GATE_ZEROS),  # rows that add nothing left out
+    model_peers.Variant("base3", "q4_0", "f16"),  # how little memory will do
+    model_peers.Variant("base3", "q6_k", "f32"),  # what is the default
+)
 _TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 128)
 
 
@@ -68,8 +71,10 @@ def measure_all(
     }  # fmt: skip
     if not quick:
         models = [peer for peer in peers if peer in model_peers.TYPES]
+        # Without a byte dot product tl2 may be the fastest packing for one token.
+        tables = () if "avx512vnni" in kernels.processor_isas() else ("tl2",)
         parts["models"] = model_peers.measure_models_beside_peers(
-            command, folder, models, progress=within(0.55, 1.0), more=(_SPARSE, _SMALLEST)
+            command, folder, models, schemes=("base3", "i2", *tables), progress=within(0.55, 1.0), more=_MORE_MODELS
         )
     header = parts["one_token"]["record"]
     for part in parts.values():

@@ -30,6 +30,9 @@ from bitnet_ref.runtime.load import load as load_file
 __all__ = ["PRESET", "Variant", "measure_models_beside_peers", "serve_ours"]
 
 PRESET = "microsoft/bitnet-b1.58-2B-4T"
+PEERS_CACHE = "f16"
+"""How peers keep keys and values, and so ours where the two are compared."""
+
 _ZEROS = ("up_zeros", "down_zeros", "up_listed", "down_listed")
 _SLOW_S = 12.0
 """A program that needs longer than this for the prompt reads it once only."""
@@ -104,6 +107,7 @@ def measure_models_beside_peers(
     n_generate: int = 16,
     n_rounds: int = 2,
     preset: str = PRESET,
+    cache: str = PEERS_CACHE,
     progress: Callable[[str, float], None] | None = None,
     more: Sequence[Variant] = (),
 ) -> dict[str, Any]:
@@ -123,6 +127,8 @@ def measure_models_beside_peers(
     n_prompt, n_generate, n_rounds : int
         Tokens that are read and then written in each round.
     preset : str
+    cache : str
+        How ours keep keys and values, ``f32`` or ``f16``.
     progress : callable(label, fraction done), optional
     more : sequence of Variant
         Further models of ours, which take their turns with the first head.
@@ -159,7 +165,7 @@ def measure_models_beside_peers(
     for h, head in enumerate(heads):
         workers: list[tuple[dict[str, Any], Worker, tuple[Any, ...]]] = []
         try:
-            for ours in (*(Variant(scheme, head) for scheme in schemes), *(more if h == 0 else ())):
+            for ours in (*(Variant(scheme, head, cache) for scheme in schemes), *(more if h == 0 else ())):
                 zeros = "" if ours.gate_zeros is None else f"-zeros-{ours.gate_zeros:g}"
                 path = folder / f"{preset.rsplit('/')[-1]}-bitnet_ref-{ours.scheme}-{ours.head}{zeros}.safetensors"
                 if not path.exists():
@@ -177,7 +183,7 @@ def measure_models_beside_peers(
                     if not path.exists():
                         report(f"writing {path.name}", h / len(heads))
                         _write(serve_peer, peer, path, peer, PRESETS[preset], stored, head)
-                    about = {"program": peer, "type": type_name, "head": head, "cache": "f16"}
+                    about = {"program": peer, "type": type_name, "head": head, "cache": PEERS_CACHE}
                     about |= {"network": "dense", "gate_zeros": None}
                     workers.append((about, Worker(serve_peer, peer), (str(path), repack)))
             for j, count in enumerate(counts):

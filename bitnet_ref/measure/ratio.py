@@ -15,7 +15,7 @@ __all__ = ["LIKE", "UnlikeError", "ratio"]
 
 LIKE = {
     "kernels": ("run", "op", "m", "k", "tokens", "threads"),
-    "model": ("run", "model", "network", "head", "n_prompt", "n_generate", "batch", "threads"),
+    "model": ("run", "model", "network", "head", "cache", "n_prompt", "n_generate", "batch", "threads"),
 }
 """What must be equal, by the kind of benchmark."""
 
@@ -32,6 +32,7 @@ _WORDS = {
     "model": "model",
     "network": "network (dense or sparse)",
     "head": "type of embedding and head",
+    "cache": "type of keys and values",
     "n_prompt": "prompt length",
     "n_generate": "number of generated tokens",
     "batch": "batch",

@@ -193,9 +193,11 @@ def _model(column: str, every: bool, but: tuple[str, ...] = (), **ours_is: Any) 
         threads = _all_threads(rows) if every else 1
         found = []
         for head in _peer_heads(rows):
-            about = {"network": DENSE, **ours_is}
-            ours = pick(rows, column, program="bitnet_ref", head=head, threads=threads, **about)
             theirs = pick(rows, column, program=PEERS, head=head, threads=threads)
+            if theirs.get("cache") is None:
+                raise NotMeasured("the run does not say how keys and values are kept")
+            about = {"network": DENSE, "cache": theirs["cache"], **ours_is}
+            ours = pick(rows, column, program="bitnet_ref", head=head, threads=threads, **about)
             found.append(ratio(ours, theirs, column, kind="model", but=but))
         return min(found)
 

@@ -191,13 +191,14 @@ def test_further_models_take_turns_with_the_first_head(tmp_path, monkeypatch):
     monkeypatch.setattr(model_peers, "PUBLISHED", {PRESET: published})
     monkeypatch.setattr(model_peers, "PRESETS", {PRESET: ModelConfig.from_hf(published)})
     more = (Variant("base3", "q6_k", gate_zeros=0.75), Variant("base3", "q4_0", cache="f16"))
+    # Those that are compared keep keys and values as peers do.
     found = model_peers.measure_models_beside_peers(
         "test", tmp_path, (), ("q6_k", "q8_0"), ("base3",), (1,), 30, 3, 1, more=more
     )
     keys = ("head", "cache", "network", "gate_zeros")
     assert [tuple(row[key] for key in keys) for row in found["rows"]] == [
-        ("q6_k", "f32", "dense", None), ("q6_k", "f32", "sparse", 0.75), ("q4_0", "f16", "dense", None),
-        ("q8_0", "f32", "dense", None),
+        ("q6_k", "f16", "dense", None), ("q6_k", "f32", "sparse", 0.75), ("q4_0", "f16", "dense", None),
+        ("q8_0", "f16", "dense", None),
     ]  # fmt: skip
     assert [("up_zeros" in row, row["bytes_per_token"] > 0) for row in found["rows"]] == [
         (False, True), (True, True), (False, True), (False, True),

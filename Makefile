@@ -113,14 +113,18 @@ bench: bench-peers  ## measure every table of the README in one run, beside othe
 bench-quick: bench-peers  ## a short look at the same, for no claim (two minutes)
 	$(BIN)/bitnet-ref bench all --quick --out build/bench/quick.json
 
-# One by one: what is installed stays where a later one fails.
+# One by one: what is installed stays where a later one fails. What is there and cannot be loaded goes first, or pip would leave it;
+# a wheel that pip built before may be for another processor.
+PEER := $(PIP) --no-cache-dir --no-binary
 bench-peers: setup  ## install the programs that bench compares with (compiles two of them: half an hour on two cores)
 	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "installing PyTorch ..."; $(PIP) torch==2.13.0; }
 	@$(BIN)/python -c 'import llama_cpp' 2>/dev/null || { echo "compiling llama.cpp for this processor (about ten minutes) ..."; \
-	  $(PIP) --no-binary llama-cpp-python llama-cpp-python==0.3.36; }
+	  $(BIN)/pip uninstall --quiet --yes llama-cpp-python; \
+	  $(PEER) llama-cpp-python llama-cpp-python==0.3.36 && $(BIN)/python -c 'import llama_cpp'; }
 	@$(BIN)/python -c 'import ik_llama_cpp' 2>/dev/null || { echo "compiling ik_llama.cpp for this processor (about twenty minutes) ..."; \
-	  CMAKE_ARGS="-DCMAKE_PROJECT_INCLUDE=$(CURDIR)/bitnet_ref/measure/peers/ik_llama_cpp.cmake" \
-	  $(PIP) --no-binary ik-llama-cpp-python ik-llama-cpp-python==0.1.5; }
+	  $(BIN)/pip uninstall --quiet --yes ik-llama-cpp-python; \
+	  CMAKE_ARGS='-DCMAKE_PROJECT_INCLUDE="$(CURDIR)/bitnet_ref/measure/peers/ik_llama_cpp.cmake"' \
+	  $(PEER) ik-llama-cpp-python ik-llama-cpp-python==0.1.5 && $(BIN)/python -c 'import ik_llama_cpp'; }
 
 notebook: setup  ## run the notebooks again and keep their outputs (installs PyTorch)
 	$(PIP) torch==2.13.0 'transformers>=5,<6' 'accelerate>=1'

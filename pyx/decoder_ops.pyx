@@ -986,7 +986,7 @@ cdef class Steps:
         scratch += worker * STEP_ATTEND_SCRATCH(min(tokens, ATTEND_TOKENS), min(n, seen), d)
         # Tokens without a window share keys and values, if threads get some items each nevertheless.
         cdef Py_ssize_t together = min(ATTEND_TOKENS, items // (4 * self.n_threads))
-        if together > 1 and seen >= n:
+        if tokens > 1 and together > 1 and seen >= n:
             items = (tokens + together - 1) // together * kv_heads
             while item < items:
                 t, head = item // kv_heads * together, item % kv_heads

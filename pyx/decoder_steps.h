@@ -233,7 +233,7 @@ STEP_INLINE vec_f32 halves_widened(const void *p) {
  * 0.3466^14 / 14! = 4e-18), times 2^n. Relative error below 4e-16. Below -708 the result is 0. */
 STEP_INLINE double exp_f64(double x) {
     const double magic = 0x1.8p52; /* added, it leaves the nearest integer in the low bits */
-    const double kept = x > -708.0 ? x : -708.0;
+    const double kept = x <= -708.0 ? -708.0 : x; /* NaN stays NaN */
     const double shifted = kept * 0x1.71547652b82fep0 + magic, n = shifted - magic;
     /* The first constant is the first 33 bits of ln 2: an exact product for |n| < 2^20. */
     const double r = (kept - n * 0x1.62e42fee00000p-1) - n * 0x1.a39ef35793c76p-33;
@@ -255,7 +255,7 @@ STEP_INLINE double exp_f64(double x) {
     bits = (bits + 1023) << 52; /* 2^n; the bits of magic leave at the top */
     memcpy(&power, &bits, 8);
     power *= p;
-    return x > -708.0 ? power : 0.0;
+    return x <= -708.0 ? 0.0 : power;
 }
 
 /* ---- norm, quantiser, rotation, activation ----------------------------------------------------------------------- */
@@ -461,7 +461,7 @@ STEP_INLINE void key_scores(int G, int R, int half, int ahead, const float *q, p
         _mm_storeu_ps(scores + stride, _mm512_extractf32x4_ps(scaled, 1));
         _mm_storeu_ps(scores + 2 * stride, _mm512_extractf32x4_ps(scaled, 2));
         _mm_storeu_ps(scores + 3 * stride, _mm512_extractf32x4_ps(scaled, 3));
-        _mm512_storeu_ps(largest, _mm512_max_ps(_mm512_loadu_ps(largest), scaled)); /* the second if one is NaN, as below */
+        _mm512_storeu_ps(largest, _mm512_max_ps(_mm512_loadu_ps(largest), scaled)); /* not NaN, but exp is */
         return;
     }
 #endif

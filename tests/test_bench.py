@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from bitnet_ref import kernels
 from bitnet_ref.cli import main
 from bitnet_ref.errors import BitnetRefError
-from bitnet_ref.measure import peers, speed, turns
+from bitnet_ref.measure import model_peers, peers, speed, turns
 from bitnet_ref.measure.peers import PeerUnavailable, Worker, check_available
 from bitnet_ref.measure.peers.worker import answer, products
 from bitnet_ref.measure.problem import copies, problem
@@ -315,6 +315,19 @@ def test_what_peers_do_not_have_is_refused_beside_them(option, message):
     words = ["bench", "model", "--preset=2b4t", "--random", "--peers=llama.cpp", *option]
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 1 and message in result.output
+
+
+@pytest.mark.parametrize(("option", "cache"), [([], "f16"), (["--cache=f32"], "f32"), (["--cache=f16"], "f16")])
+def test_caches_are_like_those_of_peers_unless_others_are_asked_for(option, cache, monkeypatch):
+    asked = {}
+
+    def measure(*about, **options):
+        asked.update(options)
+        raise BitnetRefError("no further")
+
+    monkeypatch.setattr(model_peers, "measure_models_beside_peers", measure)
+    words = ["bench", "model", "--preset=2b4t", "--random", "--peers=llama.cpp", *option]
+    assert "no further" in CliRunner().invoke(main, words).output and asked["cache"] == cache
 
 
 # --- ratios -----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Targets and tables of a run, from a run that is made up: what is met, short and not measured, and what is printed."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -35,7 +36,8 @@ def product(name, m, k, tokens, threads, rate):
     ns = tokens * m * k / rate
     return {
         "run": "now", "program": program, "type": type_name, "isa": isa, "op": "gemv" if tokens == 1 else "gemm",
-        "m": m, "k": k, "tokens": tokens, "threads": threads, "median_ns": ns, "low_ns": 0.9 * ns, "high_ns": 1.1 * ns,
+        "m": m, "k": k, "tokens": tokens, "threads": threads, "weight_bytes": m * k,
+        "median_ns": ns, "low_ns": 0.9 * ns, "high_ns": 1.1 * ns,
         "weights_per_s": rate * 1e9, "fraction_of_limit": rate / 500, "limit": "read_bandwidth", "verified": True,
         "busy": False,
     }  # fmt: skip
@@ -176,6 +178,21 @@ def test_ours_alone_is_judged_without_peers(document):
     found = verdicts(document)
     assert found["2B4T decode", "of the read bandwidth"].value == pytest.approx(0.85)
     assert found["2B4T decode", "1 thread, over the fastest peer with the same head"].verdict == "not measured"
+
+
+def test_shares_of_an_unsteady_read_rate_are_none(document):
+    for row in document["parts"]["one_token"]["rows"]:
+        if row["threads"] == 2 and row["m"] == 6912:  # the same speed, and a probe that read half as much
+            row["fraction_of_limit"] *= 2
+    for row in document["parts"]["models"]["rows"]:
+        if row["program"] == "bitnet_ref" and row["head"] == "q6_k":
+            row["read_bandwidth_fraction"] = 1.06
+    found = verdicts(document)
+    shares = found["GEMV, all threads", "base3 and i2: of the read bandwidth"]
+    assert shares.verdict == "not measured" and re.search("read .* beside one shape and .* another", shares.reason)
+    assert found["GEMV, 1 thread", "base3 and i2: of the read bandwidth"].verdict == "short"
+    share = found["2B4T decode", "of the read bandwidth"]
+    assert share.verdict == "not measured" and share.reason.startswith("106% of what the probe read")
 
 
 def test_runs_that_say_nothing_of_networks_are_of_dense_ones(document):

@@ -16,7 +16,7 @@ from bitnet_ref.formats.answers import read_answers  # noqa: E402
 from bitnet_ref.runtime import classify  # noqa: E402
 from bitnet_ref.runtime.load import load  # noqa: E402
 
-TEN_SEEDS = Path(__file__).resolve().parent.parent / "paper_figures/data/2026-11-25-distill-tiny-ten-seeds.json"
+TEN_SEEDS = Path(__file__).resolve().parent.parent / "paper_figures/data/2026-11-29-distill-tiny-grid.json"
 MARGIN = 0.02
 """Of accuracy: the student is at least so far above the baseline in each of ten seeds; see docs/distillation.md."""
 

@@ -213,6 +213,17 @@ def test_attention_equals_the_reference(isa, n_threads, t, heads, kv, d, s, wind
     np.testing.assert_array_equal(got, attention(q, k, v, d**-0.5, window))
 
 
+@every_isa
+@pytest.mark.parametrize("t", [1, 9])
+@pytest.mark.parametrize("at", [0, 3, 40, 60, 76])
+def test_a_key_that_is_nan_is_not_swallowed(isa, t, at):
+    q, k, v = normal(t, 8, 32), normal(77, 2, 32, seed=1), normal(77, 2, 32, seed=2)
+    k[at, 0, 5] = np.nan
+    got = load_steps(1, isa).attention(q, k, v, 1.0)
+    np.testing.assert_array_equal(got, attention(q, k, v, 1.0))
+    assert np.isnan(got[-1, :4]).all() and not np.isnan(got[-1, 4:]).any()
+
+
 HALVES = np.array([0, -0.0, 6e-8, -6e-8, 6.1e-5, 6e-5, 65504, -65504], np.float16)
 
 

@@ -393,6 +393,7 @@ def bench_model(
     With --sparse dense steps and sparse ones take turns, and each has a row.
     """
     from bitnet_ref.measure.model_bench import measure_model
+    from bitnet_ref.measure.model_peers import PEERS_CACHE
     from bitnet_ref.measure.record import record
     from bitnet_ref.reference.config import PRESETS
     from bitnet_ref.runtime.model import Model
@@ -412,6 +413,9 @@ def bench_model(
         if len(matches) != 1:
             raise ValueError(f"--preset must be one of 2b4t, {', '.join(PRESETS)}, got {preset!r}")
         if peers:
+            source = click.get_current_context().get_parameter_source("cache")
+            if source is click.core.ParameterSource.DEFAULT:
+                options["cache"] = PEERS_CACHE  # like things are compared, unless others are asked for
             _bench_beside_peers(matches[0], peers, threads, n_prompt, n_generate, as_json, options)
             return
         options.pop("quantize")

@@ -71,8 +71,9 @@ def measure_all(
     }  # fmt: skip
     if not quick:
         models = [peer for peer in peers if peer in model_peers.TYPES]
-        # Without a byte dot product tl2 may be the fastest packing for one token.
-        tables = () if "avx512vnni" in kernels.processor_isas() else ("tl2",)
+        # With byte shuffles but no byte dot product tl2 may be the fastest packing for one token.
+        isas = set(kernels.processor_isas())
+        tables = ("tl2",) if "avx2" in isas and isas.isdisjoint({"avxvnni", "avx512vnni"}) else ()
         parts["models"] = model_peers.measure_models_beside_peers(
             command, folder, models, schemes=("base3", "i2", *tables), progress=within(0.55, 1.0), more=_MORE_MODELS
         )

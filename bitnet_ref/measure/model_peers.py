@@ -27,7 +27,7 @@ from bitnet_ref.measure.turns import BUSY, busy_seconds, frequency_hz
 from bitnet_ref.reference.config import PRESETS, PUBLISHED
 from bitnet_ref.runtime.load import load as load_file
 
-__all__ = ["PRESET", "Variant", "measure_models_beside_peers", "serve_ours"]
+__all__ = ["PEERS_CACHE", "PRESET", "Variant", "measure_models_beside_peers", "serve_ours"]
 
 PRESET = "microsoft/bitnet-b1.58-2B-4T"
 PEERS_CACHE = "f16"

@@ -62,6 +62,8 @@ def layers(rows: Rows) -> list[dict[str, Any]]:
             continue
         parts = [(shapes[shape], count) for shape, count in LAYER.items()]
         ns = sum(row["median_ns"] * n for row, n in parts)
+        # What the probe of the limit reached beside each shape, where that is a rate of bytes.
+        limits = [row["weight_bytes"] / row["median_ns"] / row["fraction_of_limit"] * 1e9 for row, _ in parts]
         # Time at the limit: each shape's own time by its own fraction.
         at_limit = sum(row["median_ns"] * row["fraction_of_limit"] * n for row, n in parts)
         work = sum(row["tokens"] * row["m"] * row["k"] * n for row, n in parts)
@@ -76,6 +78,8 @@ def layers(rows: Rows) -> list[dict[str, Any]]:
                 "weights_per_s": work / ns * 1e9,
                 "fraction_of_limit": at_limit / ns,
                 "limit": parts[0][0]["limit"],
+                "slowest_limit": min(limits),
+                "fastest_limit": max(limits),
                 "busy": any(row["busy"] for row, _ in parts),
                 "verified": True,
             }
@@ -104,6 +108,11 @@ def _all_threads(rows: Rows) -> int:
     return most
 
 
+UNSTEADY = 1.3
+"""A share of the read bandwidth says nothing where the probe moved by more than this between shapes."""
+OVER = 1.05
+"""Nor where it is above this: the probe ran in a slower minute."""
+
 BEST = ("avx512vbmi", "avx512vnni")
 GATE_ZEROS = 0.714
 """Share of gates that are not positive in the model that leaves rows out. In a published model 71.4 % of W_up and
@@ -118,6 +127,12 @@ def _fraction(part: str, types: tuple[str, ...], isas: tuple[str, ...], tokens: 
         picked = [
             pick(rows, RATE, program="bitnet_ref", type=t, isa=isas, tokens=tokens, threads=threads) for t in types
         ]
+        if tokens == 1:
+            slow, fast = min(row["slowest_limit"] for row in picked), max(row["fastest_limit"] for row in picked)
+            if fast > UNSTEADY * slow:
+                raise NotMeasured(
+                    f"the machine read {slow / 1e9:.0f} GB/s beside one shape and {fast / 1e9:.0f} beside another"
+                )
         return min(row["fraction_of_limit"] for row in picked)
 
     return compute
@@ -213,6 +228,8 @@ def _model_own(column: str) -> Any:
         row = pick(rows, "decode_tokens_per_s", **about)
         if row.get(column) is None:
             raise NotMeasured(f"no {column}")
+        if column == "read_bandwidth_fraction" and row[column] > OVER:
+            raise NotMeasured(f"{row[column]:.0%} of what the probe read: it ran in a slower minute than the model")
         return row[column]
 
     return compute

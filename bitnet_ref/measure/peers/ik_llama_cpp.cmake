@@ -1,7 +1,11 @@
 # The source package ik-llama-cpp-python 0.1.5 lacks a script that its own CMakeLists.txt runs to write build-info.cpp, which
-# holds four constants. CMake reads this file at its first project() (CMAKE_PROJECT_INCLUDE; see the target bench-peers in the
+# holds four constants. CMake reads this file at each project() (CMAKE_PROJECT_INCLUDE; see the target bench-peers in the
 # Makefile) and puts one there, where none is. Nor do its installed libraries say where the other one lies.
-set(CMAKE_INSTALL_RPATH "$ORIGIN")
+if(APPLE)
+  set(CMAKE_INSTALL_RPATH "@loader_path")
+else()
+  set(CMAKE_INSTALL_RPATH "$ORIGIN")
+endif()
 set(script "${CMAKE_SOURCE_DIR}/vendor/ik_llama.cpp/common/cmake/build-info-gen-cpp.cmake")
 if(PROJECT_IS_TOP_LEVEL AND NOT EXISTS "${script}")
   file(WRITE "${script}" [[

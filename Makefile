@@ -106,7 +106,7 @@ sanitize: $(VENV)/.dependencies  ## build with sanitisers and run the kernel tes
 	  build/sanitized/bin/python -P -m pytest -p no:cacheprovider tests/test_kernels.py tests/test_linear.py tests/test_verify.py \
 	  tests/test_runtime.py
 
-# Peers are compiled for this very processor (llama.cpp some 20 minutes, ik_llama.cpp 10); nothing is done where they are installed.
+# Peers are compiled for this very processor; nothing is done where they are installed.
 bench: bench-peers  ## measure every table of the README in one run, beside other programs (a quarter of an hour on a quiet machine with AVX-512)
 	$(BIN)/bitnet-ref bench all --out build/bench/$$(date -u +%Y-%m-%d).json
 
@@ -116,12 +116,12 @@ bench-quick: bench-peers  ## a short look at the same, for no claim (two minutes
 # One by one: what is installed stays where a later one fails. What is there and cannot be loaded goes first, or pip would leave it;
 # a wheel that pip built before may be for another processor.
 PEER := $(PIP) --no-cache-dir --no-binary
-bench-peers: setup  ## install the programs that bench compares with (compiles two of them: half an hour on two cores)
+bench-peers: setup  ## install the programs that bench compares with (compiles two of them: some twenty minutes on two cores)
 	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "installing PyTorch ..."; $(PIP) torch==2.13.0; }
 	@$(BIN)/python -c 'import llama_cpp' 2>/dev/null || { echo "compiling llama.cpp for this processor (about ten minutes) ..."; \
 	  $(BIN)/pip uninstall --quiet --yes llama-cpp-python; \
 	  $(PEER) llama-cpp-python llama-cpp-python==0.3.36 && $(BIN)/python -c 'import llama_cpp'; }
-	@$(BIN)/python -c 'import ik_llama_cpp' 2>/dev/null || { echo "compiling ik_llama.cpp for this processor (about twenty minutes) ..."; \
+	@$(BIN)/python -c 'import ik_llama_cpp' 2>/dev/null || { echo "compiling ik_llama.cpp for this processor (about ten minutes) ..."; \
 	  $(BIN)/pip uninstall --quiet --yes ik-llama-cpp-python; \
 	  CMAKE_ARGS='-DCMAKE_PROJECT_INCLUDE="$(CURDIR)/bitnet_ref/measure/peers/ik_llama_cpp.cmake"' \
 	  $(PEER) ik-llama-cpp-python ik-llama-cpp-python==0.1.5 && $(BIN)/python -c 'import ik_llama_cpp'; }

@@ -124,6 +124,7 @@ def test_tables_by_hand(tmp_path):
     assert "is 8.00 ± 2.83 below its teacher and wins back 60%" in text
     assert "student of blocks is 2.50 ± 0.71 below its teacher and wins back 90% of" in text
     assert "loses (seeds 0) (accuracy; mean, ± standard deviation over 2 seeds)" in text
+    assert "blocks and logits is 1.00 below its teacher and wins back 95% of" in text and "(accuracy; one seed)" in text
     assert "losses" not in document["tables"]  # one of four rows is no table
     assert json.loads((tmp_path / "tables.json").read_text(encoding="utf-8")) == document
     shown = CliRunner().invoke(main, ["distill", "table", str(tmp_path)])

@@ -175,7 +175,9 @@ def markdown(made: Mapping[str, Any]) -> str:
             text += f" and wins back {gap['recovered']:.0%} of what direct ternarisation loses"
             if len(gap["seeds_of_direct"]) < gap["to_teacher"]["n"]:
                 text += f" (seeds {', '.join(map(str, gap['seeds_of_direct']))})"
-        parts.append(f"{text} ({gap['figure']}; mean, ± standard deviation over {gap['to_teacher']['n']} seeds).")
+        n = gap["to_teacher"]["n"]
+        over = "one seed" if n == 1 else f"mean, ± standard deviation over {n} seeds"
+        parts.append(f"{text} ({gap['figure']}; {over}).")
     return "\n\n".join(parts) + "\n"
 
 

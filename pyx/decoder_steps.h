@@ -395,35 +395,30 @@ static void step_gate(const int32_t *gate, const int32_t *up, float *y, ptrdiff_
  * without it, where the hardware foresees them. */
 #define HALVES_AHEAD (WIDTH == 64 ? 8 : 32)
 
-/* `count` rows of a cache with zeros up to a multiple of 16 columns: where they lie if that is so, else in `copy`. */
-STEP_INLINE const char *cache_rows(const char *rows, ptrdiff_t stride, ptrdiff_t count, ptrdiff_t d, ptrdiff_t size,
+/* `count` rows of a cache with zeros up to a multiple of 16 columns: where they lie if that is so, else in `copy`. With `widen`,
+ * float16 as float32, always in `copy`. */
+STEP_INLINE const char *cache_rows(const char *rows, ptrdiff_t stride, ptrdiff_t count, ptrdiff_t d, int half, int widen,
                                    char *copy, ptrdiff_t *row_bytes) {
-    const ptrdiff_t padded = (d + 15) / 16 * 16;
+    const ptrdiff_t padded = (d + 15) / 16 * 16, whole = d / 16 * 16, size = half ? 2 : 4;
     *row_bytes = stride;
-    if (d == padded) return rows;
-    *row_bytes = padded * size;
-    for (ptrdiff_t s = 0; s < count; s++) {
-        memcpy(copy + s * padded * size, rows + s * stride, (size_t)(d * size));
-        memset(copy + (s * padded + d) * size, 0, (size_t)((padded - d) * size));
-    }
-    return copy;
-}
-
-/* The same of float16 as float32, in `copy`. */
-STEP_INLINE const char *cache_rows_widened(const char *rows, ptrdiff_t stride, ptrdiff_t count, ptrdiff_t d, char *copy,
-                                           ptrdiff_t *row_bytes) {
-    const ptrdiff_t padded = (d + 15) / 16 * 16, whole = d / 16 * 16;
-    *row_bytes = 4 * padded;
-    for (ptrdiff_t s = 0; s < count; s++, rows += stride, copy += 4 * padded) {
+    if (d == padded && !widen) return rows;
+    *row_bytes = padded * (widen ? 4 : size);
+    for (ptrdiff_t s = 0; s < count; s++, rows += stride) {
+        char *to = copy + s * *row_bytes;
+        if (!widen) {
+            memcpy(to, rows, (size_t)(d * size));
+            memset(to + d * size, 0, (size_t)((padded - d) * size));
+            continue;
+        }
         char last[32] = {0};
         for (ptrdiff_t b = 0; b < 2 * d; b += 64) __builtin_prefetch(rows + HALVES_AHEAD * stride + b);
         memcpy(last, rows + 2 * whole, (size_t)(2 * (d - whole)));
         for (ptrdiff_t i = 0; i < padded; i += WIDTH / 4) {
             const vec_f32 values = halves_widened(i < whole ? rows + 2 * i : last + 2 * (i - whole));
-            memcpy(copy + 4 * i, &values, WIDTH);
+            memcpy(to + 4 * i, &values, WIDTH);
         }
     }
-    return copy - 4 * padded * count;
+    return copy;
 }
 
 /* Columns i and following of a row of a cache, as many as a vector has. */
@@ -510,8 +505,9 @@ STEP_INLINE void add_values(int G, int vectors, int half, int several, const cha
 STEP_INLINE void attend_heads(int G, int half, int several, ptrdiff_t tokens, const float *q, const char *k,
                               ptrdiff_t k_stride, const char *v, ptrdiff_t v_stride, ptrdiff_t n, ptrdiff_t d, float scale,
                               float *scores, ptrdiff_t stride, float *sums, char *copy, float *out, ptrdiff_t out_stride) {
-    const int widen = half && several && WIDTH == 64; /* once for all of them */
-    const ptrdiff_t padded = (d + 15) / 16 * 16, size = half && !widen ? 2 : 4;
+    /* Rows of float16 are widened once for several tokens, otherwise on their way into a register (`narrow`). */
+    const int widen = half && several && WIDTH == 64, narrow = half && !widen;
+    const ptrdiff_t padded = (d + 15) / 16 * 16, size = narrow ? 2 : 4;
     float largest[ATTEND_TOKENS][16], total[ATTEND_TOKENS][4];
     ptrdiff_t row_bytes;
     if (!several) tokens = 1;
@@ -519,14 +515,13 @@ STEP_INLINE void attend_heads(int G, int half, int several, ptrdiff_t tokens, co
         for (int i = 0; i < 16; i++) largest[t][i] = -INFINITY;
     for (ptrdiff_t first = 0; first < n; first += ATTEND_ROWS) {
         const ptrdiff_t count = n - first < ATTEND_ROWS ? n - first : ATTEND_ROWS;
-        const char *keys = widen ? cache_rows_widened(k + first * k_stride, k_stride, count, d, copy, &row_bytes)
-                                 : cache_rows(k + first * k_stride, k_stride, count, d, size, copy, &row_bytes);
+        const char *keys = cache_rows(k + first * k_stride, k_stride, count, d, half, widen, copy, &row_bytes);
         for (ptrdiff_t t = 0; t < tokens; t++) {
             const ptrdiff_t left = n - first - (tokens - 1 - t), seen = left < count ? left : count;
             const int ahead = !several || (t == 0 && !widen);
             ptrdiff_t s = 0;
 #define CALL(R)                                                                                                       \
-    key_scores(G, R, half && !widen, ahead, q + 4 * t * padded, padded, keys + s * row_bytes, row_bytes, scale,       \
+    key_scores(G, R, narrow, ahead, q + 4 * t * padded, padded, keys + s * row_bytes, row_bytes, scale,               \
                scores + 4 * t * stride + first + s, stride, largest[t])
 #if defined(__AVX512F__) /* registers for the sums of four keys, which share the loads of the queries */
             if (half || several)
@@ -553,9 +548,8 @@ STEP_INLINE void attend_heads(int G, int half, int several, ptrdiff_t tokens, co
     memset(sums, 0, 16 * (size_t)(tokens * padded));
     for (ptrdiff_t first = 0; first < n; first += ATTEND_ROWS) {
         const ptrdiff_t count = n - first < ATTEND_ROWS ? n - first : ATTEND_ROWS;
-        const char *values = widen ? cache_rows_widened(v + first * v_stride, v_stride, count, d, copy, &row_bytes)
-                                   : cache_rows(v + first * v_stride, v_stride, count, d, size, copy, &row_bytes);
-        const int heads = VALUE_HEADS(G, (half && !widen) || several);
+        const char *values = cache_rows(v + first * v_stride, v_stride, count, d, half, widen, copy, &row_bytes);
+        const int heads = VALUE_HEADS(G, half || several);
         const ptrdiff_t whole = VALUE_VECTORS(heads) * (WIDTH / 4);
         for (ptrdiff_t t = 0; t < tokens; t++) {
             const ptrdiff_t left = n - first - (tokens - 1 - t), seen = left < count ? left : count;
@@ -565,7 +559,7 @@ STEP_INLINE void attend_heads(int G, int half, int several, ptrdiff_t tokens, co
                     const ptrdiff_t rest = padded - i;
                     width = rest >= whole ? whole : whole > 64 && rest >= 64 ? 64 : 16;
 #define CALL(VECTORS)                                                                                                 \
-    add_values(heads, VECTORS, half && !widen, several, values + size * i, row_bytes, seen,                           \
+    add_values(heads, VECTORS, narrow, several, values + size * i, row_bytes, seen,                                   \
                scores + (4 * t + g) * stride + first, stride, sums + (4 * t + g) * padded + i, padded,                \
                ahead && g == 0 && size * i % 64 == 0)
                     if (width == whole) CALL(VALUE_VECTORS(heads));

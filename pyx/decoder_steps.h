@@ -233,7 +233,7 @@ STEP_INLINE vec_f32 halves_widened(const void *p) {
  * 0.3466^14 / 14! = 4e-18), times 2^n. Relative error below 4e-16. Below -708 the result is 0. */
 STEP_INLINE double exp_f64(double x) {
     const double magic = 0x1.8p52; /* added, it leaves the nearest integer in the low bits */
-    const double kept = x <= -708.0 ? -708.0 : x; /* NaN stays NaN */
+    const double kept = -708.0 > x ? -708.0 : x; /* NaN stays NaN, in this order by one instruction */
     const double shifted = kept * 0x1.71547652b82fep0 + magic, n = shifted - magic;
     /* The first constant is the first 33 bits of ln 2: an exact product for |n| < 2^20. */
     const double r = (kept - n * 0x1.62e42fee00000p-1) - n * 0x1.a39ef35793c76p-33;
@@ -255,7 +255,7 @@ STEP_INLINE double exp_f64(double x) {
     bits = (bits + 1023) << 52; /* 2^n; the bits of magic leave at the top */
     memcpy(&power, &bits, 8);
     power *= p;
-    return x <= -708.0 ? 0.0 : power;
+    return -708.0 > x ? 0.0 : power;
 }
 
 /* ---- norm, quantiser, rotation, activation ----------------------------------------------------------------------- */
@@ -520,15 +520,19 @@ STEP_INLINE void attend_heads(int G, int half, int several, ptrdiff_t tokens, co
             const ptrdiff_t left = n - first - (tokens - 1 - t), seen = left < count ? left : count;
             const int ahead = !several || (t == 0 && !widen);
             ptrdiff_t s = 0;
+            /* In registers it is 7 % faster for one token with AVX2, and 15 % slower with AVX-512, both over float32. */
+            float held[16], *most = WIDTH == 64 ? largest[t] : held;
+            if (WIDTH != 64) memcpy(held, largest[t], sizeof(held));
 #define CALL(R)                                                                                                       \
     key_scores(G, R, narrow, ahead, q + 4 * t * padded, padded, keys + s * row_bytes, row_bytes, scale,               \
-               scores + 4 * t * stride + first + s, stride, largest[t])
+               scores + 4 * t * stride + first + s, stride, most)
 #if defined(__AVX512F__) /* registers for the sums of four keys, which share the loads of the queries */
             if (half || several)
                 for (; s + 4 <= seen; s += 4) CALL(4);
 #endif
             for (; s < seen; s++) CALL(1);
 #undef CALL
+            if (WIDTH != 64) memcpy(largest[t], held, sizeof(held));
         }
     }
     for (ptrdiff_t t = 0; t < tokens; t++)

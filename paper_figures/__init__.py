@@ -30,6 +30,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 __all__ = [
+    "DISTILL_FIGURES",
     "FIGURES",
     "NUMPY_COLOUR",
     "PART_COLOURS",
@@ -72,6 +73,9 @@ FIGURES = (
     "fig_weights",
 )
 """Modules of this package, in the order of the report."""
+
+DISTILL_FIGURES = ("fig_distill_curves", "fig_distill_weights", "fig_distill_blocks")
+"""Those of a run of distillation, which read its ``tables.json``; ``drawable(results)`` says whether one can."""
 
 STYLE = Path(__file__).with_name("style.mplstyle")
 

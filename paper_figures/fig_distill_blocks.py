@@ -20,6 +20,12 @@ CAPTION = (
 )
 
 
+def drawable(results: dict[str, Any]) -> bool:
+    """Whether blocks were trained, and the development split was looked at."""
+    rows = results["results"]
+    return bool(select(rows, stage="blocks")) and all(row["development"] for row in select(rows, stage="teacher"))
+
+
 @styled
 def draw(results: dict[str, Any]) -> Figure:
     """``tables.json`` of a run with teacher, blocks and students behind them; baselines if they are there."""

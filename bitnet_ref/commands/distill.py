@@ -132,10 +132,31 @@ def _print_tables(folder: Path, as_json: bool) -> None:
     from bitnet_ref.distill import results
 
     document = results.write_tables(folder)
+    drawn = _draw_figures(folder, document)
     if as_json:
         emit(document)
     else:
         click.echo("\n" + results.markdown(document["tables"]), nl=False)
+        click.echo(f"\nfigures: {', '.join(map(str, drawn))}")
+
+
+def _draw_figures(folder: Path, document: dict[str, Any]) -> list[Path]:
+    """Draw what a run has data for into its ``figures/``, as PNG and PDF; the paths of the former."""
+    from bitnet_ref import paper_figures
+
+    (folder / "figures").mkdir(exist_ok=True)
+    drawn = []
+    for name in paper_figures.DISTILL_FIGURES:
+        module = paper_figures.load(name)
+        if not module.drawable(document):
+            continue
+        figure = module.draw(document)
+        drawn.append(folder / "figures" / f"{name.removeprefix('fig_distill_')}.png")
+        for path in (drawn[-1], drawn[-1].with_suffix(".pdf")):
+            temporary = path.with_name(f".{path.name}")
+            paper_figures.save(figure, temporary)
+            temporary.replace(path)
+    return drawn
 
 
 def _needs_torch(name: str) -> Any:

@@ -46,6 +46,12 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
 }
 """Key -> caption, and stage -> its name in the table."""
 
+LOSSES = ("loss", "ce", "ld", "ad", "hd")
+"""What is minimised, and its terms before their weights."""
+
+POINTS = 50
+"""Rows of a curve at most: the means of as many steps each."""
+
 _GAPS = {
     "gap": ("bitdistill", "BitDistill"),
     "gap_blocks": ("blocks-distill", "The student of blocks"),
@@ -61,7 +67,9 @@ def collect(out: str | Path) -> list[dict[str, Any]]:
     -------
     list of dict
         ``stage``, ``seed``, ``step``, ``seconds``, ``tokens`` and ``test``; ``development``, the ``score`` after some
-        steps, with ``tokens`` so far; of blocks ``errors``, a row for each. One stage that serves all seeds comes once.
+        steps, with ``tokens`` so far; ``training``, columns ``step`` and each loss, a row for the mean of some steps;
+        of students ``weights``, before and after; of blocks ``errors``, a row for each. One stage that serves all seeds
+        comes once.
 
     Raises
     ------
@@ -75,8 +83,8 @@ def collect(out: str | Path) -> list[dict[str, Any]]:
             found = {key: row[key] for key in ("stage", "seed", "step", "seconds", "tokens")} | {
                 "test": row.get("test")
             }
-            found["development"] = _development(path.with_name("metrics.jsonl"))
-            rows.append(found | ({"errors": row["errors"]} if "errors" in row else {}))
+            found |= _curves(path.with_name("metrics.jsonl"))
+            rows.append(found | {key: row[key] for key in ("errors", "weights") if key in row})
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise FormatError(f"{path} must be the result of a stage: {error!r}") from error
     if not rows:
@@ -84,15 +92,23 @@ def collect(out: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _development(path: Path) -> list[dict[str, Any]]:
-    """The evaluations in a file of metrics, if there is one."""
-    found, tokens = [], 0
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        row = json.loads(line)
-        tokens = row.get("tokens", tokens)
+def _curves(path: Path) -> dict[str, Any]:
+    """Evaluations and losses in a file of metrics, if there is one."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else ()
+    development, steps = [], []
+    for row in map(json.loads, lines):
         if row.get("event") == "development":
-            found.append({"step": row["step"], "tokens": tokens, "score": row["score"]})
-    return found
+            tokens = steps[-1]["tokens"] if steps else 0
+            development.append({"step": row["step"], "tokens": tokens, "score": row["score"]})
+        elif "event" not in row:
+            steps.append(row)
+    size = math.ceil(len(steps) / POINTS)
+    parts = [steps[i : i + size] for i in range(0, len(steps), size or 1)]
+    training: dict[str, list[float]] = {"step": [part[-1]["step"] for part in parts]}
+    for key in LOSSES if steps else ():
+        if key in steps[0]:
+            training[key] = [float(f"{math.fsum(row[key] for row in part) / len(part):.6g}") for part in parts]
+    return {"development": development, "training": training}
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:

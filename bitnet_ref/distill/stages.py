@@ -48,6 +48,7 @@ from bitnet_ref.distill.student import input_sizes, insert_subln, save_student, 
 from bitnet_ref.distill.teacher_cache import LiveTeacher, TeacherCache
 from bitnet_ref.distill.text import END_OF_TEXT, TextEncoder, train_tokenizer
 from bitnet_ref.distill.trainer import Batch, Devices, load_weights, save_weights, train
+from bitnet_ref.distill.weights import WeightsBefore
 from bitnet_ref.formats.answers import write_answers
 
 __all__ = ["KEPT", "VARIANTS", "Run", "Variant", "dry", "first_prompts", "splits_of", "task_of", "with_parents"]
@@ -247,7 +248,8 @@ class Run:
         Returns
         -------
         dict
-            ``result.json``: ``score`` on the development set, ``test``, ``steps``, ``seconds``, ``settings``.
+            ``result.json``: ``score`` on the development set, ``test``, ``steps``, ``seconds``, ``settings``; of
+            students ``weights``, see :meth:`bitnet_ref.distill.weights.WeightsBefore.compare`.
 
         Raises
         ------
@@ -284,6 +286,7 @@ class Run:
             dev = self._limited(self.splits.dev, self.config.data.dev_limit)
             evaluate = lambda: self.evaluate(objective.scored, dev, self.devices.uses_bfloat16(training))  # noqa: E731
         model, objective, close = self._build(name, seed, rows)
+        before = WeightsBefore(model) if name != "teacher" and self.devices.main else None
         found = train(
             objective,
             training,
@@ -309,6 +312,8 @@ class Run:
             test = self._limited(self.splits.test, self.config.data.test_limit)
             result["test"] = self.evaluate(Scored(model), test, False)
             result["test_examples"] = len(test)
+        if before:
+            result["weights"] = before.compare(model)
         result["settings"] = settings
         if self.devices.main:
             if name in KEPT:
@@ -333,6 +338,7 @@ class Run:
         prepared = tasks.batches(self.task, self.encoder, examples, settings.batch, seed)
         student = self._plain("blocks", seed).to(self.devices.device)
         teacher = self._teacher(seed).to(self.devices.device).eval().requires_grad_(False)
+        before = WeightsBefore(student)
         found, errors = train_blocks(
             student,
             teacher,
@@ -350,7 +356,7 @@ class Run:
         result = {"stage": "blocks", "seed": seed, "identity": digest(about), **dataclasses.asdict(found)}
         test = self._limited(self.splits.test, self.config.data.test_limit)
         result |= {"test": self.evaluate(Scored(student), test, False), "test_examples": len(test)}
-        result |= {"errors": errors, "settings": about}
+        result |= {"errors": errors, "weights": before.compare(student), "settings": about}
         if self.devices.main:
             _write_json(folder / "result.json", result)
             for part in folder.glob("block-*/weights.safetensors"):

@@ -20,9 +20,11 @@ from torch import nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bitnet_ref.distill.bitlinear import BitLinear, quantize_weights
+from bitnet_ref.distill.config import Training
 from bitnet_ref.distill.pretrain import clean_text, split, train_tokenizer, windows
 from bitnet_ref.distill.student import insert_subln, ternarise
+from bitnet_ref.distill.trainer import Devices
+from bitnet_ref.distill.weights import BINS, histogram, ternary_weights
 
 __all__ = ["KINDS", "TEXTS", "Study", "run"]
 
@@ -33,7 +35,6 @@ SIZES |= {"num_key_value_heads": 2, "head_dim": 32, "vocab_size": 1024, "max_pos
 SIZES |= {"tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
 BATCH, RATE, WARM_UP, CLIP = 16, 3e-3, 25, 1.0
 LOG_EVERY = 10
-BINS = np.linspace(-3, 3, 61)
 
 KINDS = {
     "full precision": (None, False),
@@ -56,6 +57,7 @@ class Study:
         n = (len(held) - 1) // context * context
         self.held = torch.tensor(held[:n]).view(-1, context), torch.tensor(held[1 : n + 1]).view(-1, context)
         self.steps = steps
+        self.bfloat16 = Devices(torch.device("cpu")).uses_bfloat16(Training())
 
     def train(self, model: nn.Module, seed: int, first: int, label: str) -> dict[str, Any]:
         """Train for `steps` steps on the windows from step `first` on; losses, and zeros and flips of each matrix."""
@@ -65,13 +67,13 @@ class Study:
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
         rows: list[dict[str, Any]] = []
         losses: list[float] = []
-        before = _signs(model)
+        before = ternary_weights(model)
         for step in range(self.steps):
             cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
             for group in optimizer.param_groups:
                 group["lr"] = RATE * min(1.0, (step + 1) / WARM_UP) * cosine
             batch = windows(self.tokens, seed, first + step, BATCH, SIZES["max_position_embeddings"])
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
                 logits = model(batch[:, :-1], use_cache=False).logits
             loss = functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
             loss.backward()
@@ -82,13 +84,11 @@ class Study:
             if not math.isfinite(losses[-1]):
                 raise ValueError(f"the loss must stay finite, {label} has {losses[-1]} at step {step}")
             if (step + 1) % LOG_EVERY == 0:
-                now = _signs(model)
+                now = ternary_weights(model)
                 row = {"step": step + 1, "loss": float(np.mean(losses))}
                 if now:
-                    row["zeros"] = [float((q == 0).float().mean()) for q in now]
-                    row["flips"] = [
-                        float((a != b).float().mean()) / LOG_EVERY for a, b in zip(before, now, strict=True)
-                    ]
+                    row["zeros"] = [float((q == 0).float().mean()) for q in now.values()]
+                    row["flips"] = [float((before[name] != q).float().mean()) / LOG_EVERY for name, q in now.items()]
                 rows.append(row)
                 losses, before = [], now
         curve = {key: [row[key] for row in rows] for key in rows[0]}
@@ -102,22 +102,6 @@ class Study:
             logits = model(x, use_cache=False).logits
             total += functional.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").item()
         return total / self.held[1].numel()
-
-
-def _signs(model: nn.Module) -> list[torch.Tensor]:
-    """The ternary weights of every layer now; none of a model in full precision or in one bit."""
-    layers = [m for m in model.modules() if isinstance(m, BitLinear) and m.quantizer == "absmean"]
-    return [quantize_weights(layer.weight.detach())[0].to(torch.int8) for layer in layers]
-
-
-def _histogram(model: nn.Module) -> list[int]:
-    """Counts of weight / mean|weight| of its matrix over all layers, in BINS; what lies outside counts in the last."""
-    counts = np.zeros(len(BINS) - 1, np.int64)
-    for name, p in model.named_parameters():
-        if "_proj" in name and p.ndim == 2:
-            w = p.detach().numpy()
-            counts += np.histogram(np.clip(w / np.abs(w).mean(), BINS[0], BINS[-1]), BINS)[0]
-    return counts.tolist()
 
 
 def _model(seed: int) -> nn.Module:
@@ -171,14 +155,15 @@ def run(texts: Path, steps: int, seeds: int, report: Callable[[str], None]) -> d
                 if placed:
                     insert_subln(student)
                 ternarise(student)
-                row = {"subln": placed, "seed": seed, "histogram_before": _histogram(student)}
+                row = {"subln": placed, "seed": seed, "histogram_before": histogram(student)}
                 row["held_out_nats_before"] = study.held_out(student)
                 row |= study.train(student, seed, steps, f"continued, seed {seed}")
-                continued.append(row | {"histogram_after": _histogram(student)})
+                continued.append(row | {"histogram_after": histogram(student)})
                 report(f"continued, SubLN {placed}, seed {seed}: held out {row['held_out_nats']:.4f}")
     settings = {"texts": TEXTS, "steps": steps, "seeds": seeds, "batch": BATCH, "rate": RATE, "warm_up": WARM_UP}
+    settings |= {"autocast": "bfloat16" if study.bfloat16 else "float32"}
     settings |= {"sizes": SIZES, "bins": BINS.tolist(), "tokens_per_step": BATCH * SIZES["max_position_embeddings"]}
-    settings["layers"] = [name for name, m in student.named_modules() if isinstance(m, BitLinear)]
+    settings["layers"] = list(ternary_weights(student))
     return _rounded({"torch": torch.__version__, "settings": settings, "scratch": scratch, "continued": continued})
 
 

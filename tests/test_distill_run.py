@@ -16,7 +16,9 @@ transformers = pytest.importorskip("transformers")
 from bitnet_ref import load, paper_figures  # noqa: E402
 from bitnet_ref.distill import config as configs  # noqa: E402  (what follows imports torch)
 from bitnet_ref.distill import models, stages, start, student  # noqa: E402
+from bitnet_ref.distill import results as results_module  # noqa: E402
 from bitnet_ref.errors import FormatError  # noqa: E402
+from bitnet_ref.formats import open_checkpoint  # noqa: E402
 from bitnet_ref.formats.answers import read_answers  # noqa: E402
 from bitnet_ref.runtime import classify  # noqa: E402
 
@@ -80,7 +82,7 @@ def test_every_stage_leaves_what_it_should(finished):
     assert "| attention relations |" in done.output
 
 
-def test_results_have_curves_and_make_a_figure(finished, tmp_path):
+def test_results_have_curves_and_make_figures(finished):
     out, _ = finished
     results = json.loads((out / "tables.json").read_text(encoding="utf-8"))
     rows = {(row["stage"], row["seed"]): row for row in results["results"]}
@@ -101,8 +103,90 @@ def test_results_have_curves_and_make_a_figure(finished, tmp_path):
         assert student.get_xdata()[0] == pytest.approx(np.mean(work) / 1e3)
         scores = [rows[stage, s]["development"][0]["score"] for s in (0, 1)]
         assert student.get_ydata()[0] == pytest.approx(100 * np.mean(scores))
-    paper_figures.save(figure, tmp_path / "blocks.png")
-    assert (tmp_path / "blocks.png").stat().st_size > 10_000
+    for name in ("curves", "weights", "blocks"):
+        for suffix in ("png", "pdf"):
+            assert (out / "figures" / f"{name}.{suffix}").stat().st_size > 10_000
+
+
+def test_losses_of_a_run_are_drawn(finished):
+    out, _ = finished
+    results = json.loads((out / "tables.json").read_text(encoding="utf-8"))
+    rows = {(row["stage"], row["seed"]): row for row in results["results"]}
+    for stage, columns in {
+        "direct": {"step", "loss"},
+        "pretrain": {"step", "loss"},
+        "ct-ad": {"step", "loss", "ce", "ad"},
+        "bitdistill": {"step", "loss", "ce", "ld", "ad"},
+    }.items():
+        assert set(rows[stage, 0]["training"]) == columns
+        lines = (out / "seed-0" / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        steps = [row for row in map(json.loads, lines) if "event" not in row]
+        for column in columns:  # four steps are a point each
+            np.testing.assert_allclose(rows[stage, 0]["training"][column], [row[column] for row in steps], rtol=1e-5)
+    assert rows["blocks", 0]["training"] == {"step": []}
+    text, labels, outputs, relations, scores = paper_figures.load("fig_distill_curves").draw(results).axes
+    shown = [{line.get_label() for line in axes.get_lines()} for axes in (text, labels, outputs, relations, scores)]
+    tasks = set(configs.STAGES) - {"pretrain", "blocks"}
+    distilled = {"subln-distill", "bitdistill", "blocks-distill"}
+    assert shown == [{"pretrain"}, tasks, distilled | {"ct-ld", "blocks-ld"}, distilled | {"ct-ad"}, tasks]
+    drawn = next(line for line in labels.get_lines() if line.get_label() == "bitdistill").get_ydata()
+    np.testing.assert_allclose(drawn, np.mean([rows["bitdistill", s]["training"]["ce"] for s in (0, 1)], 0))
+    drawn = next(line for line in labels.get_lines() if line.get_label() == "direct").get_ydata()
+    np.testing.assert_allclose(drawn, np.mean([rows["direct", s]["training"]["loss"] for s in (0, 1)], 0))
+
+
+def test_long_curves_are_means(tmp_path):
+    folder = tmp_path / "seed-0" / "direct"
+    folder.mkdir(parents=True)
+    result = {"stage": "direct", "seed": 0, "step": 120, "seconds": 1.0, "tokens": 120}
+    (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    lines = [{"event": "start", "step": 0}] + [{"step": i + 1, "loss": float(i), "tokens": i + 1} for i in range(120)]
+    lines.append({"event": "development", "step": 120, "score": 0.5})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (row,) = results_module.collect(tmp_path)
+    assert row["training"] == {"step": list(range(3, 121, 3)), "loss": [3 * i + 1.0 for i in range(40)]}
+    assert row["development"] == [{"step": 120, "tokens": 120, "score": 0.5}]
+
+
+def test_weights_of_students_are_compared(finished):
+    out, _ = finished
+    results = json.loads((out / "tables.json").read_text(encoding="utf-8"))
+    rows = {(row["stage"], row["seed"]): row for row in results["results"]}
+    assert "weights" not in rows["teacher", 0]
+    for stage in set(configs.STAGES) - {"teacher"}:
+        weights = rows[stage, 1]["weights"]
+        n = sum(weights["before"])
+        assert sum(weights["after"]) == n and len(weights["layers"]) == 14, stage
+        moved = 0 if stage.startswith("blocks-") else 1e-4  # whose matrices stay as the blocks left them
+        assert (max(weights["changed"]) > moved) == (moved > 0), stage
+    # The files of the student hold what its figures say.
+    weights = rows["bitdistill", 1]["weights"]
+    with open_checkpoint(out / "seed-1" / "bitdistill" / "export" / "student.safetensors") as checkpoint:
+        for name, zeros in zip(weights["layers"], weights["zeros"], strict=True):
+            assert zeros == pytest.approx(float((checkpoint[f"{name}.weight"].w_q == 0).mean()), abs=1e-6), name
+    assert rows["bitdistill", 1]["weights"]["before"] == rows["pretrain", 1]["weights"]["after"]
+    figure = paper_figures.load("fig_distill_weights").draw(results)
+    above, zeros, changed = figure.axes
+    assert [text.get_text().split(":")[0] for text in above.get_legend().get_texts()] == [
+        "before direct",
+        "direct",
+        "continued pre-training",
+        "BitDistill",
+        "blocks one by one",
+    ]
+    line = changed.get_lines()[2].get_ydata()  # of bitdistill
+    per_block = np.array([rows["bitdistill", s]["weights"]["changed"] for s in (0, 1)]).reshape(2, 2, 7).mean(2)
+    np.testing.assert_allclose(line, per_block.mean(0))
+
+
+def test_a_result_says_which_start_made_it(finished):
+    out, _ = finished
+    record = json.loads((out / "record.json").read_text(encoding="utf-8"))
+    assert record["seeds"] == [0, 1]
+    for stage in ("blocks", "direct"):
+        made = json.loads((out / "seed-1" / stage / "result.json").read_text(encoding="utf-8"))["made"]
+        assert set(made) == {"date", "commit", "cpu", "device", "threads", "processes", "torch"}
+        assert made | {"date": None} == {key: record[key] for key in made} | {"date": None}
 
 
 def test_students_differ_in_what_their_names_say(finished):

@@ -68,8 +68,8 @@ def collect(out: str | Path) -> list[dict[str, Any]]:
     list of dict
         ``stage``, ``seed``, ``step``, ``seconds``, ``tokens`` and ``test``; ``development``, the ``score`` after some
         steps, with ``tokens`` so far; ``training``, columns ``step`` and each loss, a row for the mean of some steps;
-        of students ``weights``, before and after; of blocks ``errors``, a row for each. One stage that serves all seeds
-        comes once.
+        of students ``weights``, before and after; of blocks ``errors``, a row for each; ``made``, when and on what. One
+        stage that serves all seeds comes once.
 
     Raises
     ------
@@ -84,7 +84,7 @@ def collect(out: str | Path) -> list[dict[str, Any]]:
                 "test": row.get("test")
             }
             found |= _curves(path.with_name("metrics.jsonl"))
-            rows.append(found | {key: row[key] for key in ("errors", "weights") if key in row})
+            rows.append(found | {key: row[key] for key in ("errors", "weights", "made") if key in row})
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise FormatError(f"{path} must be the result of a stage: {error!r}") from error
     if not rows:

@@ -233,11 +233,15 @@ class Run:
                 "splits_sha256": self.splits.sha256,
                 "seeds": list(config.seeds),
             }
-            _write_json(self.out / "record.json", dict(record or {}) | about)
+            self._record = dict(record or {}) | about
+            _write_json(self.out / "record.json", self._record)
         self.say(self.splits.table())
 
     def run(self, stages: Sequence[str] | None = None, seeds: Sequence[int] | None = None) -> None:
         """Train stages for seeds, those of the configuration by default, and what they need before them."""
+        if seeds and self.devices.main:
+            self._record["seeds"] = list(seeds)
+            _write_json(self.out / "record.json", self._record)
         for seed in seeds or self.config.seeds:
             for name in with_parents(stages or self.config.variants):
                 self.stage(name, seed)
@@ -248,8 +252,9 @@ class Run:
         Returns
         -------
         dict
-            ``result.json``: ``score`` on the development set, ``test``, ``steps``, ``seconds``, ``settings``; of
-            students ``weights``, see :meth:`bitnet_ref.distill.weights.WeightsBefore.compare`.
+            ``result.json``: ``score`` on the development set, ``test``, ``step``, ``seconds``, ``settings``; of
+            students ``weights``, see :meth:`bitnet_ref.distill.weights.WeightsBefore.compare`; ``made``, when and on
+            what.
 
         Raises
         ------
@@ -316,6 +321,7 @@ class Run:
             result["weights"] = before.compare(model)
         result["settings"] = settings
         if self.devices.main:
+            result["made"] = self._made()
             if name in KEPT:
                 self._save(model, folder, ternary=name != "teacher")
             _write_json(done, result)
@@ -358,6 +364,7 @@ class Run:
         result |= {"test": self.evaluate(Scored(student), test, False), "test_examples": len(test)}
         result |= {"errors": errors, "weights": before.compare(student), "settings": about}
         if self.devices.main:
+            result["made"] = self._made()
             _write_json(folder / "result.json", result)
             for part in folder.glob("block-*/weights.safetensors"):
                 part.unlink()
@@ -365,6 +372,11 @@ class Run:
         figures = ", ".join(f"{key} {value:.4f}" for key, value in result["test"].items())
         self.say(f"blocks, seed {seed}: {figures}, error {errors[-1]['after']:.4f} in {found.seconds:,.0f} s")
         return result
+
+    def _made(self) -> dict[str, Any]:
+        """Which start of the run finished a stage, and on what: a folder may hold stages of several."""
+        keys = ("date", "commit", "cpu", "device", "threads", "processes", "torch")
+        return {key: self._record[key] for key in keys if key in self._record}
 
     def folder(self, name: str, seed: int) -> Path:
         """Where a stage of a seed is; one that serves all seeds is with the first."""

@@ -14,10 +14,10 @@ SECTION = "results"
 KINDS = ("measured",)
 CAPTION = (
     "Losses of a run's stages while they train, in nats, each before its weight: continued pre-training on plain text "
-    "(a token); on the task cross-entropy (a label), the divergence of outputs from the teacher's (a compared position) "
-    "and of relations of queries, keys and values (a token); then the score on the development split, fully quantised. "
-    "Where quantisation rises, a loss is that of the network as it is at the step. Lines: mean of the seeds; bands: "
-    "least and largest. A point is the mean of up to one fiftieth of the steps."
+    "(a token); on the task cross-entropy (a label), the divergence of outputs from the teacher's (a compared "
+    "position) and of relations of queries, keys and values (a token); then the score on the development split, fully "
+    "quantised. Where quantisation rises, a loss is that of the network as it is at the step. Lines: mean of the "
+    "seeds; bands: least and largest. A point is the mean of up to one fiftieth of the steps."
 )
 
 STAGES = {

@@ -16,10 +16,10 @@ SECTION = "results"
 KINDS = ("measured",)
 CAPTION = (
     "Above: master weights of all ternary layers, each divided by its matrix's mean|w|, all seeds together; weights "
-    "beyond 3 count in the last bar, and rounding changes at the two vertical lines. Below: of each block, the share of "
-    "zeros, and the share of ternary weights that are another one of -1, 0, 1 than when the stage began; for BitDistill "
-    "that is behind continued pre-training. Lines: mean over the matrices of a block and the seeds; bands: the least and "
-    "the largest seed. Zeros of Gaussian weights would be 31.0 %."
+    "beyond 3 count in the last bar, and rounding changes at the two vertical lines. Below: of each block, the share "
+    "of zeros, and the share of ternary weights that are another one of -1, 0, 1 than when the stage began; for "
+    "BitDistill that is behind continued pre-training. Lines: mean over the matrices of a block and the seeds; bands: "
+    "the least and the largest seed. Zeros of Gaussian weights would be 31.0 %."
 )
 
 STAGES = {
@@ -56,16 +56,17 @@ def draw(results: dict[str, Any]) -> Figure:
     # The stage that begins with the model as it is given, if one does.
     first = min(rows, key=lambda row: ("direct", "pretrain", "blocks", "bitdistill").index(row["stage"]))
     stairs(np.array(first["weights"]["before"]), f"before {STAGES[first['stage']][0]}", GREY)
-    blocks = [int(re.search(r"layers\.(\d+)\.", name)[1]) for name in rows[0]["weights"]["layers"]]
+    of_layer = np.array([int(re.search(r"layers\.(\d+)\.", name)[1]) for name in rows[0]["weights"]["layers"]])
+    blocks = np.unique(of_layer)
     for stage, (label, colour) in STAGES.items():
         runs = [row["weights"] for row in select(rows, stage=stage)]
         if not runs:
             continue
         stairs(np.sum([run["after"] for run in runs], axis=0), label, colour)
         for key, axes in below.items():
-            found = np.array([[np.mean(np.array(run[key])[np.array(blocks) == b]) for b in set(blocks)] for run in runs])
-            axes.plot(sorted(set(blocks)), found.mean(0), color=colour, marker=".")
-            axes.fill_between(sorted(set(blocks)), found.min(0), found.max(0), color=colour, alpha=0.2, linewidth=0)
+            found = np.array([[np.array(run[key])[of_layer == block].mean() for block in blocks] for run in runs])
+            axes.plot(blocks, found.mean(0), color=colour, marker=".")
+            axes.fill_between(blocks, found.min(0), found.max(0), color=colour, alpha=0.2, linewidth=0)
     for edge in (-0.5, 0.5):
         above.axvline(edge, color="black", linewidth=1)
     above.set(xlabel="master weight / mean|weight| of its matrix (measured)", ylabel="density")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from bitnet_ref.paper_figures import BLUE, GREEN, GREY, ORANGE, PINK, SKY, VERMILION, main, select, styled, title
 
@@ -52,15 +53,21 @@ def _plot(axes: Axes, stage: str, steps: list[list[int]], values: list[list[floa
     axes.fill_between(steps[0][:n], columns.min(0), columns.max(0), color=colour, alpha=0.15, linewidth=0)
 
 
+def _trained(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The stages with steps; blocks have a figure of their own, and tables of older versions no losses."""
+    rows = results["results"]
+    return [row for row in rows if row["stage"] in STAGES and row.get("training", {}).get("step")]
+
+
 def drawable(results: dict[str, Any]) -> bool:
-    """Whether a stage with steps is there; blocks have figures of their own."""
-    return any(row["stage"] in STAGES and row["training"]["step"] for row in results["results"])
+    """Whether a stage with losses is there."""
+    return bool(_trained(results))
 
 
 @styled
 def draw(results: dict[str, Any]) -> Figure:
     """``tables.json`` of a run: a panel for each loss that a stage has, and one of the scores."""
-    rows = [row for row in results["results"] if row["stage"] in STAGES and row["training"]["step"]]
+    rows = _trained(results)
     shown = []
     for text, key, stages in PANELS:
         lines = {}
@@ -87,12 +94,13 @@ def draw(results: dict[str, Any]) -> Figure:
         for stage, (steps, values) in lines.items():
             _plot(axes, stage, steps, values)
         axes.set(title=text, xlabel="step", ylabel=unit)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid()
         names |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     for axes in grid.flat[len(shown) :]:
         axes.remove()
     names = {stage: names[stage] for stage in STAGES if stage in names}
-    figure.legend(names.values(), names.keys(), loc="outside lower center", ncols=6, fontsize=7)
+    figure.legend(names.values(), names.keys(), loc="outside lower center", ncols=6, fontsize=7, handlelength=3)
     seeds = len({row["seed"] for row in rows})
     title(figure, f"Training, {seeds} seed{'s' if seeds > 1 else ''}")
     return figure

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from bitnet_ref.paper_figures import BLUE, GREEN, GREY, ORANGE, VERMILION, main, percent, select, styled, title
 
@@ -80,6 +80,7 @@ def draw(results: dict[str, Any]) -> Figure:
         axes.grid()
     for axes in below.values():
         axes.set_xlabel("block")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %", decimals=None))
     seeds = len({row["seed"] for row in rows})
     title(figure, f"Weights before and after training, {seeds} seed{'s' if seeds > 1 else ''}")

@@ -41,7 +41,7 @@ def run(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Train the stages of CONFIG, a TOML file or the name of a packaged configuration, and write tables.
+    """Train the stages of CONFIG, a TOML file or the name of a packaged configuration; write tables and figures.
 
     Stages: teacher, direct, subln, pretrain, subln-ct, subln-distill, ct-ld, ct-ad, bitdistill, blocks, blocks-ce,
     blocks-ld, blocks-distill. Start it with `accelerate launch` or `torchrun` for more than one device.
@@ -96,12 +96,12 @@ def start(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
         click.echo(f"{'no SubLN' if subln == 'none' else 'SubLN, gain ' + subln:<18}{losses}")
 
 
-@distill.command(short_help="Tables of a run, like those of the paper.")
+@distill.command(short_help="Tables of a run, like those of the paper, and figures.")
 @click.argument("folder", type=click.Path(path_type=Path))
 @json_option
 @command
 def table(folder: Path, as_json: bool) -> None:
-    """Write and print the tables of the run in FOLDER: means and spread over the seeds that have finished."""
+    """Write and print the tables of the run in FOLDER, and draw its figures, from the seeds that have finished."""
     _print_tables(folder, as_json)
 
 

@@ -333,6 +333,17 @@ def test_bfloat16_is_for_processors_that_have_it(monkeypatch, flags, expected):
     assert not devices.uses_bfloat16(replace(TRAINING, autocast="float32"))
 
 
+@pytest.mark.parametrize("able", [True, False])
+def test_bfloat16_is_for_gpus_that_have_it(monkeypatch, able):
+    def supported(including_emulation=True):
+        return able or including_emulation  # as PyTorch answers for a GPU that would emulate it
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    monkeypatch.setattr(trainer, "_processor_flags", lambda: pytest.fail("the processor does not count"))
+    devices = trainer.Devices(torch.device("cuda"))
+    assert devices.uses_bfloat16(replace(TRAINING, autocast="auto")) == able
+
+
 # Resumption.
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -331,6 +332,19 @@ def test_bfloat16_is_for_processors_that_have_it(monkeypatch, flags, expected):
     assert devices.uses_bfloat16(replace(TRAINING, autocast="auto")) == expected
     assert devices.uses_bfloat16(replace(TRAINING, autocast="bfloat16"))
     assert not devices.uses_bfloat16(replace(TRAINING, autocast="float32"))
+
+
+def test_progress_in_a_file_is_a_line_now_and_then(tmp_path, monkeypatch, capsys):
+    run(tmp_path / "a", TRAINING, quiet=False)
+    assert capsys.readouterr().err == ""  # less than a minute
+    monkeypatch.setattr(trainer, "SECONDS_BETWEEN_LINES", 0)
+    run(tmp_path / "b", TRAINING, quiet=False)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == TRAINING.steps - 1  # the first step is what speeds are counted from
+    for i, line in enumerate(lines):
+        assert re.fullmatch(rf"test: step {i + 2} of 8, loss [\d.]+, [\d,]+ tokens/s, \d+ min left", line)
+    run(tmp_path / "c", TRAINING)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("able", [True, False])

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from bitnet_ref import distill
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "bitnet_ref"
 
@@ -303,3 +305,35 @@ def test_importing_the_package_stays_light():
     assert loaded.isdisjoint(
         {"matplotlib", "rich", "click", "jinja2", "gguf", "safetensors", "hypothesis", "torch", "pytest"}
     )
+
+
+# --- what distillation gives at its top -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", distill.PIECES)
+def test_pieces_are_public_names_of_their_modules(module):
+    tree = ast.parse((PACKAGE / "distill" / f"{module}.py").read_text(encoding="utf-8"))
+    (names,) = (n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__")
+    assert set(distill.PIECES[module]) <= set(ast.literal_eval(names))
+
+
+def test_distillation_is_imported_piece_by_piece():
+    code = (
+        "import sys\n"
+        "sys.modules['torch'] = None  # as if it were not installed\n"
+        "from bitnet_ref import distill\n"
+        "print(distill.load_config('tiny').seeds)\n"
+        "assert 'BitLinear' in dir(distill) and 'losses' in dir(distill)\n"
+        "for name in ('BitLinear', 'losses', 'nothing'):\n"
+        "    try:\n"
+        "        getattr(distill, name)\n"
+        "    except (ImportError, AttributeError) as error:\n"
+        "        print(error)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == [
+        "(0,)",
+        "BitLinear needs torch, which is not installed: pip install 'bitnet_ref[distill]'",
+        "losses needs torch, which is not installed: pip install 'bitnet_ref[distill]'",
+        "module 'bitnet_ref.distill' has no attribute 'nothing'",
+    ]

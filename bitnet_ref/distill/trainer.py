@@ -15,6 +15,7 @@ import functools
 import json
 import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -49,6 +50,9 @@ __all__ = [
     "save_weights",
     "train",
 ]
+
+SECONDS_BETWEEN_LINES = 60
+"""Of progress where standard error is no terminal."""
 
 Batch = Mapping[str, np.ndarray]
 """``input_ids``, ``attention_mask`` and ``labels``, each of shape (B, T), int64; -100 is no label."""
@@ -599,10 +603,36 @@ def load_state(
 
 @contextlib.contextmanager
 def _progress(stage: str, steps: int, done: int, quiet: bool) -> Iterator[Callable[[_Run], None]]:
-    """A bar on standard error with loss, tokens a second and the time that is left."""
+    """A bar on standard error with loss, tokens a second and the time that is left; in a file a line now and then."""
     console = Console(stderr=True)
-    if quiet or not console.is_terminal:
+    if quiet:
         yield lambda run: None
+        return
+    began = [-1, 0.0, done]
+
+    def speeds(run: _Run) -> tuple[float, float]:
+        """Tokens and steps a second since this start."""
+        if began[0] < 0:
+            began[:] = run.tokens, run.seconds, run.step
+        seconds = run.seconds - began[1] or math.inf
+        return (run.tokens - began[0]) / seconds, (run.step - began[2]) / seconds
+
+    if not console.is_terminal:
+        shown = [time.monotonic()]
+
+        def tell(run: _Run) -> None:
+            tokens, pace = speeds(run)
+            if time.monotonic() - shown[0] >= SECONDS_BETWEEN_LINES and pace:
+                shown[0] = time.monotonic()
+                left = (steps - run.step) / pace / 60
+                print(
+                    f"{stage}: step {run.step:,} of {steps:,}, loss {run.row['loss']:.4g}, {tokens:,.0f} tokens/s, "
+                    f"{left:,.0f} min left",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+        yield tell
         return
     columns = (
         TextColumn("{task.description}"),
@@ -613,12 +643,8 @@ def _progress(stage: str, steps: int, done: int, quiet: bool) -> Iterator[Callab
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(stage, total=steps, completed=done, loss=math.nan, speed=0.0)
-        began = [-1, 0.0]
 
         def show(run: _Run) -> None:
-            if began[0] < 0:
-                began[:] = run.tokens, run.seconds
-            speed = (run.tokens - began[0]) / (run.seconds - began[1] or math.inf)
-            progress.update(task, completed=run.step, loss=run.row["loss"], speed=speed)
+            progress.update(task, completed=run.step, loss=run.row["loss"], speed=speeds(run)[0])
 
         yield show

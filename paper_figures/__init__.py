@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -25,6 +26,7 @@ from types import ModuleType
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -32,6 +34,7 @@ from matplotlib.figure import Figure
 __all__ = [
     "DISTILL_FIGURES",
     "FIGURES",
+    "GAUSSIAN_ZEROS",
     "NUMPY_COLOUR",
     "PART_COLOURS",
     "QUOTED",
@@ -47,13 +50,16 @@ __all__ = [
     "probe_macs_per_s",
     "read_bandwidth",
     "save",
+    "seeds_label",
     "select",
     "shape_label",
+    "share_of_zeros",
     "styled",
     "thread_counts",
     "threads_label",
     "three_digits",
     "title",
+    "weight_densities",
 ]
 
 FIGURES = (
@@ -105,6 +111,9 @@ PART_COLOURS = {
 QUOTED: dict[str, Any] = {"facecolor": "white", "edgecolor": "#444444", "hatch": "/////", "linewidth": 0.8}
 """Bars of quoted figures are hatched, those of modelled and measured ones are filled."""
 
+GAUSSIAN_ZEROS = math.erf(1 / (2 * math.sqrt(math.pi)))
+"""Share of Gaussian weights that becomes zero, 31.0 %: those below half of mean|w|, which is sigma sqrt(2 / pi)."""
+
 _LARGEST_FFN = (6912, 2560)
 
 
@@ -143,6 +152,10 @@ def title(figure: Figure, text: str) -> None:
     figure.suptitle(text, x=0.012, ha="left", fontsize=10, fontweight="bold")
 
 
+def seeds_label(seeds: int) -> str:
+    return f"{seeds} seed" if seeds == 1 else f"{seeds} seeds"
+
+
 def percent(share: float, digits: int = 0) -> str:
     """A share as it is printed everywhere: 0.5 -> "50 %"."""
     return f"{100 * share:.{digits}f} %"
@@ -156,6 +169,26 @@ def three_digits(value: float) -> str:
 def plain_log_ticks(axis: Axis) -> None:
     """Write 0.1, 1, 10 at the ticks of a logarithmic axis, whose unit is a power of ten itself."""
     axis.set_major_formatter(lambda value, _: f"{value:,g}")
+
+
+# --------------------------------------------------------------------------------------------------------- weights
+def share_of_zeros(edges: list[float], counts: list[int]) -> float:
+    """Of weights counted by weight / mean|w|: those that become zero."""
+    inside = np.abs(np.add(edges[1:], edges[:-1]) / 2) < 0.5
+    return float(np.array(counts)[inside].sum() / np.sum(counts))
+
+
+def weight_densities(axes: Axes, edges: list[float], series: list[tuple[list[int], str, str]]) -> None:
+    """Draw counts of weight / mean|w|, each with label and colour, as densities; lines where rounding changes."""
+    for counts, label, colour in series:
+        density = np.array(counts) / np.sum(counts) / np.diff(edges)
+        axes.stairs(density, edges, color=colour, linewidth=1.6, label=label)
+    for limit in (-0.5, 0.5):
+        axes.axvline(limit, color="black", linewidth=1)
+    axes.set_ylabel("density")
+    axes.legend(loc="upper right", fontsize=7)
+    axes.set_ylim(0, 1.3 * axes.get_ylim()[1])
+    axes.grid()
 
 
 # ------------------------------------------------------------------------------------------------------ speed rows

@@ -6,8 +6,21 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from bitnet_ref.paper_figures import BLUE, GREEN, GREY, ORANGE, VERMILION, main, percent, select, styled, title
+from bitnet_ref.paper_figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    VERMILION,
+    main,
+    percent,
+    seeds_label,
+    select,
+    styled,
+    title,
+)
 
 SECTION = "results"
 KINDS = ("measured",)
@@ -21,9 +34,11 @@ CAPTION = (
 
 
 def drawable(results: dict[str, Any]) -> bool:
-    """Whether blocks were trained, and the development split was looked at."""
+    """Whether blocks were trained, for a task with accuracies, and its development split was looked at."""
     rows = results["results"]
-    return bool(select(rows, stage="blocks")) and all(row["development"] for row in select(rows, stage="teacher"))
+    teachers = select(rows, stage="teacher")
+    looked = all(row["development"] and "accuracy" in row["test"] for row in teachers)
+    return bool(teachers and select(rows, stage="blocks")) and looked
 
 
 @styled
@@ -50,24 +65,28 @@ def draw(results: dict[str, Any]) -> Figure:
             continue
         before = [0.0] * len(runs)
         if stage.startswith("blocks-"):
-            before = [blocks[row["seed"]]["tokens"] / n for row in runs]
+            # One stage may serve all seeds, here and below.
+            before = [blocks.get(row["seed"], next(iter(blocks.values())))["tokens"] / n for row in runs]
         elif stage == "bitdistill":
             pretrain = {row["seed"]: row["tokens"] for row in select(rows, stage="pretrain")}
             before = [pretrain.get(row["seed"], next(iter(pretrain.values()))) for row in runs]
-        work = np.array([[b + e["tokens"] for e in r["development"]] for b, r in zip(before, runs, strict=True)]) / 1e3
-        scores = 100 * np.array([[e["score"] for e in row["development"]] for row in runs])
+        # A seed that was stopped early has fewer evaluations.
+        shared = min(len(row["development"]) for row in runs)
+        looks = [row["development"][:shared] for row in runs]
+        work = np.array([[b + e["tokens"] for e in look] for b, look in zip(before, looks, strict=True)]) / 1e3
+        scores = 100 * np.array([[e["score"] for e in look] for look in looks])
         right.plot(work.mean(0), scores.mean(0), color=colour, marker=".", label=label)
         right.fill_between(work.mean(0), scores.min(0), scores.max(0), color=colour, alpha=0.2, linewidth=0)
     teachers = select(rows, stage="teacher")
-    teachers = [row for row in teachers if row["seed"] in blocks] or teachers  # one may serve all seeds
+    teachers = [row for row in teachers if row["seed"] in blocks] or teachers
     best = np.mean([max(e["score"] for e in row["development"]) for row in teachers])
     right.axhline(100 * best, color=GREY, ls="--", label=f"teacher: {percent(best, 1)}")
     right.set(xlabel="work (thousand tokens)", ylabel="accuracy, % (measured)", title="the task", xlim=(0, None))
     for axes in (left, right):
         axes.grid()
         axes.legend(fontsize=7)
-    seeds = len(blocks)
-    title(figure, f"Blocks one by one, {seeds} seed{'s' if seeds > 1 else ''}")
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
+    title(figure, f"Blocks one by one, {seeds_label(len(blocks))}")
     return figure
 
 

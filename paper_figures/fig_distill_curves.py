@@ -5,20 +5,33 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from bitnet_ref.paper_figures import BLUE, GREEN, GREY, ORANGE, PINK, SKY, VERMILION, main, select, styled, title
+from bitnet_ref.paper_figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    SKY,
+    VERMILION,
+    main,
+    seeds_label,
+    select,
+    styled,
+    title,
+)
 
 SECTION = "results"
 KINDS = ("measured",)
 CAPTION = (
-    "Losses of a run's stages while they train, in nats, each before its weight: continued pre-training on plain text "
-    "(a token); on the task cross-entropy (a label), the divergence of outputs from the teacher's (a compared "
-    "position) and of relations of queries, keys and values (a token); then the score on the development split, fully "
-    "quantised. Where quantisation rises, a loss is that of the network as it is at the step. Lines: mean of the "
-    "seeds; bands: least and largest. A point is the mean of up to one fiftieth of the steps."
+    "Losses of a run's stages while they train, each before its weight: continued pre-training on plain text (nats a "
+    "token); on the task cross-entropy (nats a label), the divergence of outputs from the teacher's (nats a compared "
+    "position) and of relations of queries, keys and values (nats a token), the distance of hidden states where it is "
+    "asked for; then the score on the development split, fully quantised. Where quantisation rises, a loss is that of "
+    "the network as it is at the step. Lines: mean of the seeds that a stage was run with; bands: least and largest. A "
+    "point is the mean of the steps since the one before."
 )
 
 STAGES = {
@@ -38,71 +51,60 @@ STAGES = {
 """Colour and line of each stage."""
 
 PANELS = (
-    ("text: next token", "loss", ("pretrain",)),
-    ("task: cross-entropy", "ce", tuple(stage for stage in STAGES if stage != "pretrain")),
-    ("task: outputs, $L_{LD}$", "ld", tuple(STAGES)),
-    ("task: attention relations, $L_{AD}$", "ad", tuple(STAGES)),
+    ("text: next token", "nats", "text"),
+    ("task: cross-entropy", "nats", "ce"),
+    ("task: outputs, $L_{LD}$", "nats", "ld"),
+    ("task: attention relations, $L_{AD}$", "nats", "ad"),
+    ("task: hidden states", "squared distance", "hd"),
+    ("task: development split", "score", "score"),
 )
 
 
-def _plot(axes: Axes, stage: str, steps: list[list[int]], values: list[list[float]]) -> None:
-    n = min(map(len, values))  # a seed that was stopped early has fewer
-    columns = np.array([row[:n] for row in values])
-    colour, line = STAGES[stage]
-    axes.plot(steps[0][:n], columns.mean(0), color=colour, ls=line, label=stage, marker="." if n < 12 else None)
-    axes.fill_between(steps[0][:n], columns.min(0), columns.max(0), color=colour, alpha=0.15, linewidth=0)
-
-
-def _trained(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """The stages with steps; blocks have a figure of their own, and tables of older versions no losses."""
-    rows = results["results"]
-    return [row for row in rows if row["stage"] in STAGES and row.get("training", {}).get("step")]
+def _curves(row: dict[str, Any]) -> dict[str, dict[int, float]]:
+    """The last part of PANELS -> step -> value."""
+    training, scores = row.get("training", {}), row["development"]
+    columns = {key: training[key] for key in ("ce", "ld", "ad", "hd") if key in training}
+    if row["stage"] == "pretrain":
+        columns, scores = {"text": training["loss"]} if "loss" in training else {}, []
+    elif "loss" in training and "ce" not in training:  # what learns labels alone has one loss
+        columns["ce"] = training["loss"]
+    found = {key: dict(zip(training["step"], values, strict=True)) for key, values in columns.items()}
+    return found | ({"score": {e["step"]: e["score"] for e in scores}} if scores else {})
 
 
 def drawable(results: dict[str, Any]) -> bool:
-    """Whether a stage with losses is there."""
-    return bool(_trained(results))
+    """Whether a stage with losses is there: blocks have a figure of their own, tables of older versions no losses."""
+    return any(row["stage"] in STAGES and row.get("training", {}).get("step") for row in results["results"])
 
 
 @styled
 def draw(results: dict[str, Any]) -> Figure:
     """``tables.json`` of a run: a panel for each loss that a stage has, and one of the scores."""
-    rows = _trained(results)
-    shown = []
-    for text, key, stages in PANELS:
-        lines = {}
-        for stage in stages:
-            # What only learns labels has one loss, which is cross-entropy.
-            runs = [row["training"] for row in select(rows, stage=stage)]
-            runs = [run for run in runs if key in run or (key == "ce" and "ld" not in run and "ad" not in run)]
-            if runs:
-                lines[stage] = [run["step"] for run in runs], [run.get(key, run["loss"]) for run in runs]
-        if lines:
-            shown.append((text, "nats (measured)", lines))
-    scores = {}
-    for stage in STAGES:
-        runs = [row["development"] for row in select(rows, stage=stage) if row["development"] and stage != "pretrain"]
-        if runs:
-            scores[stage] = [[e["step"] for e in run] for run in runs], [[e["score"] for e in run] for run in runs]
-    if scores:
-        shown.append(("task: development split", "score (measured)", scores))
-    deep = -(-len(shown) // 2)
+    curves = {stage: [_curves(row) for row in select(results["results"], stage=stage)] for stage in STAGES}
+    panels = [panel for panel in PANELS if any(panel[2] in run for runs in curves.values() for run in runs)]
+    deep = -(-len(panels) // 2)
     figure = Figure(figsize=(7.2, 0.7 + 2.4 * deep), layout="constrained")
-    grid = figure.subplots(deep, 2 if len(shown) > 1 else 1, squeeze=False)
-    names: dict[str, Any] = {}
-    for axes, (text, unit, lines) in zip(grid.flat, shown, strict=False):
-        for stage, (steps, values) in lines.items():
-            _plot(axes, stage, steps, values)
-        axes.set(title=text, xlabel="step", ylabel=unit)
+    grid = figure.subplots(deep, 2 if len(panels) > 1 else 1, squeeze=False)
+    handles: dict[str, Any] = {}
+    for axes, (text, unit, key) in zip(grid.flat, panels, strict=False):
+        for stage, (colour, line) in STAGES.items():
+            runs = [run[key] for run in curves[stage] if key in run]
+            if not runs:
+                continue
+            # A seed that was stopped early ends before the others: only what all of them have.
+            steps = [step for step in runs[0] if all(step in run for run in runs)]
+            values = np.array([[run[step] for step in steps] for run in runs])
+            marker = "." if len(steps) < 12 else None
+            (handles[stage],) = axes.plot(steps, values.mean(0), color=colour, ls=line, marker=marker, label=stage)
+            axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
+        axes.set(title=text, xlabel="step", ylabel=f"{unit} (measured)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid()
-        names |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    for axes in grid.flat[len(shown) :]:
+    for axes in grid.flat[len(panels) :]:
         axes.remove()
-    names = {stage: names[stage] for stage in STAGES if stage in names}
-    figure.legend(names.values(), names.keys(), loc="outside lower center", ncols=6, fontsize=7, handlelength=3)
-    seeds = len({row["seed"] for row in rows})
-    title(figure, f"Training, {seeds} seed{'s' if seeds > 1 else ''}")
+    handles = {stage: handles[stage] for stage in STAGES if stage in handles}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, fontsize=7, handlelength=3)
+    title(figure, f"Training, {seeds_label(max(map(len, curves.values())))}")
     return figure
 
 

@@ -8,7 +8,19 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from bitnet_ref.paper_figures import BLUE, GREEN, ORANGE, PINK, SKY, VERMILION, main, select, styled, title
+from bitnet_ref.paper_figures import (
+    BLUE,
+    GAUSSIAN_ZEROS,
+    GREEN,
+    ORANGE,
+    PINK,
+    SKY,
+    VERMILION,
+    main,
+    select,
+    styled,
+    title,
+)
 
 SECTION = "training"
 KINDS = ("measured",)
@@ -20,7 +32,6 @@ CAPTION = (
 )
 
 PARTS = {"q_proj": BLUE, "k_proj": SKY, "v_proj": GREEN, "o_proj": PINK, "gate_proj": ORANGE, "down_proj": VERMILION}
-GAUSSIAN_ZEROS = 0.3101
 
 
 @styled

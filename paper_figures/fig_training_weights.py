@@ -8,7 +8,17 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from bitnet_ref.paper_figures import BLUE, GREY, main, percent, select, styled, title
+from bitnet_ref.paper_figures import (
+    BLUE,
+    GREY,
+    main,
+    percent,
+    select,
+    share_of_zeros,
+    styled,
+    title,
+    weight_densities,
+)
 
 SECTION = "training"
 KINDS = ("measured",)
@@ -28,23 +38,16 @@ def draw(results: dict[str, Any]) -> Figure:
     edges = study["settings"]["bins"]
     rows = select(study["continued"], subln=True)
     centres = np.array([(a + b) / 2 for a, b in pairwise(edges)])
-    width = edges[1] - edges[0]
     figure = Figure(figsize=(7.2, 3.2), layout="constrained")
     axes = figure.add_subplot()
     near = np.minimum(np.abs(centres - 0.5), np.abs(centres + 0.5)) < 0.1
+    series = []
     for key, label, colour in (("histogram_before", "before", GREY), ("histogram_after", "after", BLUE)):
         counts = np.sum([row[key] for row in rows], axis=0)
-        density = counts / counts.sum() / width
-        zeros = counts[np.abs(centres) < 0.5].sum() / counts.sum()
-        text = f"{label}: {percent(zeros, 1)} zeros, {percent(counts[near].sum() / counts.sum(), 1)} near an edge"
-        axes.stairs(density, edges, color=colour, linewidth=1.6, label=text)
-    for edge in (-0.5, 0.5):
-        axes.axvline(edge, color="black", linewidth=1)
+        zeros, edge = share_of_zeros(edges, counts), counts[near].sum() / counts.sum()
+        series.append((counts, f"{label}: {percent(zeros, 1)} zeros, {percent(edge, 1)} near an edge", colour))
+    weight_densities(axes, edges, series)
     axes.set_xlabel("master weight / mean|weight| of its matrix (measured)")
-    axes.set_ylabel("density")
-    axes.legend(loc="upper right", fontsize=7)
-    axes.set_ylim(0, 1.25 * axes.get_ylim()[1])
-    axes.grid()
     title(figure, f"Weights before and after {study['settings']['steps']} steps of continued pre-training")
     return figure
 

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from bitnet_ref.paper_figures import BLUE, GREY, VERMILION, main, percent, styled, title
+from bitnet_ref.paper_figures import BLUE, GAUSSIAN_ZEROS, GREY, VERMILION, main, percent, styled, title
 
 SECTION = "weights"
 KINDS = ("measured", "modelled")
@@ -34,9 +34,8 @@ def caption(results: dict[str, Any]) -> str:
 
 # A Gaussian of sigma 1 has mean|w| = s = sqrt(2 / pi) and its threshold at t = s / 2.
 _SCALE = math.sqrt(2 / math.pi)
-_GAUSSIAN_ZEROS = math.erf(_SCALE / 2 / math.sqrt(2))
 # mean((w - s q)^2) = 1 - 2 s mean(|w|; |w| > t) + s^2 P(|w| > t), and mean(|w|; |w| > t) = s exp(-t^2 / 2)
-_GAUSSIAN_ERROR = math.sqrt(1 - 2 * _SCALE**2 * math.exp(-(_SCALE**2) / 8) + _SCALE**2 * (1 - _GAUSSIAN_ZEROS))
+_GAUSSIAN_ERROR = math.sqrt(1 - 2 * _SCALE**2 * math.exp(-(_SCALE**2) / 8) + _SCALE**2 * (1 - GAUSSIAN_ZEROS))
 
 
 @styled
@@ -73,7 +72,7 @@ def draw(results: dict[str, Any]) -> Figure:
     axes.set_ylabel("density")
 
     for place, key, label, reference in (
-        (grid[1, 0], "fraction_zeros", "fraction of zeros", _GAUSSIAN_ZEROS),
+        (grid[1, 0], "fraction_zeros", "fraction of zeros", GAUSSIAN_ZEROS),
         (grid[1, 1], "relative_error", "relative error of rounding", _GAUSSIAN_ERROR),
     ):
         panel = figure.add_subplot(place)

@@ -103,9 +103,11 @@ def test_results_have_curves_and_make_figures(finished):
         assert student.get_xdata()[0] == pytest.approx(np.mean(work) / 1e3)
         scores = [rows[stage, s]["development"][0]["score"] for s in (0, 1)]
         assert student.get_ydata()[0] == pytest.approx(100 * np.mean(scores))
-    for name in ("curves", "weights", "blocks"):
-        for suffix in ("png", "pdf"):
-            assert (out / "figures" / f"{name}.{suffix}").stat().st_size > 10_000
+    names = ("curves", "weights", "blocks")
+    drawn = {path.name for path in (out / "figures").iterdir()}
+    assert drawn == {"captions.md", *(f"{name}.{suffix}" for name in names for suffix in ("png", "pdf"))}
+    captions = (out / "figures" / "captions.md").read_text(encoding="utf-8")
+    assert all(f"({name}.png)\n\n{paper_figures.load(f'fig_distill_{name}').CAPTION}" in captions for name in names)
 
 
 def test_losses_of_a_run_are_drawn(finished):
@@ -140,12 +142,48 @@ def test_long_curves_are_means(tmp_path):
     folder.mkdir(parents=True)
     result = {"stage": "direct", "seed": 0, "step": 120, "seconds": 1.0, "tokens": 120}
     (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
-    lines = [{"event": "start", "step": 0}] + [{"step": i + 1, "loss": float(i), "tokens": i + 1} for i in range(120)]
-    lines.append({"event": "development", "step": 120, "score": 0.5})
+    lines = [{"event": "start", "step": 0, "steps": 150}]
+    lines += [{"step": i + 1, "loss": float(i), "tokens": i + 1} for i in range(121)]  # it was stopped early
+    lines.append({"event": "development", "step": 121, "score": 0.5})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     (row,) = results_module.collect(tmp_path)
-    assert row["training"] == {"step": list(range(3, 121, 3)), "loss": [3 * i + 1.0 for i in range(40)]}
-    assert row["development"] == [{"step": 120, "tokens": 120, "score": 0.5}]
+    assert row["training"] == {"step": [*range(3, 121, 3), 121], "loss": [*(3 * i + 1.0 for i in range(40)), 120.0]}
+    assert row["development"] == [{"step": 121, "tokens": 121, "score": 0.5}]
+
+
+def result(stage, seed, steps, **keys):
+    """Of a stage whose loss is its step, with a point and an evaluation every ten steps."""
+    looks = [{"step": i, "tokens": 100 * i, "score": i / 1000} for i in range(10, steps + 1, 10)]
+    points = list(range(10, steps + 1, 10))
+    row = {"stage": stage, "seed": seed, "tokens": 100 * steps, "test": {"accuracy": 0.5}, "development": looks}
+    return row | {"training": {"step": points, "loss": [float(i) for i in points]}} | keys
+
+
+def test_figures_of_seeds_that_stopped_early_and_of_stages_that_serve_all():
+    errors = [{"before": 0.5, "after": 0.1}] * 2
+    rows = [result("direct", 0, 50), result("direct", 1, 30), result("teacher", 0, 40)]
+    rows += [result("blocks", 0, 0, errors=errors, tokens=800), result("blocks-ld", 0, 20), result("blocks-ld", 1, 10)]
+    curves = paper_figures.load("fig_distill_curves").draw({"results": rows})
+    assert curves.get_suptitle() == "Training, 2 seeds"
+    labels, _ = curves.axes
+    (line,) = (line for line in labels.get_lines() if line.get_label() == "direct")
+    assert line.get_xydata().tolist() == [[10, 10], [20, 20], [30, 30]]
+    blocks = paper_figures.load("fig_distill_blocks")
+    assert blocks.drawable({"results": rows})
+    _, right = blocks.draw({"results": rows}).axes
+    (line,) = (line for line in right.get_lines() if line.get_label() == "blocks, then logits")
+    np.testing.assert_allclose(line.get_xydata(), [[(400 + 1000) / 1e3, 1]])
+    # Summaries have no accuracy, and one seed is one.
+    summaries = [row | {"test": {"average": 27.0}} for row in rows]
+    assert not blocks.drawable({"results": summaries})
+    assert paper_figures.load("fig_distill_curves").draw({"results": rows[2:3]}).get_suptitle() == "Training, 1 seed"
+
+
+def test_tables_of_older_versions_have_no_figures():
+    rows = [
+        {"stage": stage, "seed": 0, "test": {"accuracy": 0.5}, "development": []} for stage in ("teacher", "direct")
+    ]
+    assert not any(paper_figures.load(name).drawable({"results": rows}) for name in paper_figures.DISTILL_FIGURES)
 
 
 def test_weights_of_students_are_compared(finished):
@@ -164,8 +202,12 @@ def test_weights_of_students_are_compared(finished):
     for name, zeros in zip(weights["layers"], weights["zeros"], strict=True):
         assert zeros == pytest.approx(float((checkpoint[f"{name}.weight"].w_q == 0).mean()), abs=1e-6), name
     assert rows["bitdistill", 1]["weights"]["before"] == rows["pretrain", 1]["weights"]["after"]
-    figure = paper_figures.load("fig_distill_weights").draw(results)
-    above, zeros, changed = figure.axes
+    above, zeros, changed = paper_figures.load("fig_distill_weights").draw(results).axes
+    # All seeds together.
+    start = np.sum([rows["direct", s]["weights"]["before"] for s in (0, 1)], 0)
+    np.testing.assert_allclose(above.patches[0].get_data().values, start / start.sum() / 0.1)
+    share = start[25:35].sum() / start.sum()
+    assert above.get_legend().get_texts()[0].get_text() == f"before direct: {100 * share:.1f} % zeros"
     assert [text.get_text().split(":")[0] for text in above.get_legend().get_texts()] == [
         "before direct",
         "direct",
@@ -173,19 +215,25 @@ def test_weights_of_students_are_compared(finished):
         "BitDistill",
         "blocks one by one",
     ]
+    assert changed.get_lines()[2].get_xdata().tolist() == [1, 2]
     line = changed.get_lines()[2].get_ydata()  # of bitdistill
     per_block = np.array([rows["bitdistill", s]["weights"]["changed"] for s in (0, 1)]).reshape(2, 2, 7).mean(2)
     np.testing.assert_allclose(line, per_block.mean(0))
 
 
-def test_a_result_says_which_start_made_it(finished):
+def test_a_result_says_what_made_it(finished):
     out, _ = finished
     record = json.loads((out / "record.json").read_text(encoding="utf-8"))
     assert record["seeds"] == [0, 1]
     for stage in ("blocks", "direct"):
         made = json.loads((out / "seed-1" / stage / "result.json").read_text(encoding="utf-8"))["made"]
-        assert set(made) == {"date", "commit", "cpu", "device", "threads", "processes", "torch"}
-        assert made | {"date": None} == {key: record[key] for key in made} | {"date": None}
+        assert set(made) == {"finished", "commit", "cpu", "device", "threads", "processes", "torch"}
+        assert made == {"finished": made["finished"]} | {key: record[key] for key in made if key != "finished"}
+    finished_at = [
+        json.loads((out / "seed-0" / stage / "result.json").read_text(encoding="utf-8"))["made"]["finished"]
+        for stage in ("teacher", "direct", "pretrain", "bitdistill")
+    ]
+    assert finished_at == sorted(finished_at) and len(set(finished_at)) > 1
 
 
 def test_students_differ_in_what_their_names_say(finished):
@@ -287,6 +335,10 @@ def test_one_stage_may_serve_all_seeds(tmp_path):
     done = command("tiny", "--out", tmp_path / "o", settings=settings)
     assert done.exit_code == 0, done.output
     assert sorted(p.name for p in (tmp_path / "o" / "seed-4").iterdir()) == ["bitdistill", "direct"]
+    more = command("tiny", "--out", tmp_path / "o", "--resume", "--stages", "direct", "--seeds", "5", settings=settings)
+    assert more.exit_code == 0, more.output
+    record = json.loads((tmp_path / "o" / "record.json").read_text(encoding="utf-8"))
+    assert record["seeds"] == [3, 4, 5]
     assert "| full precision, fine-tuned |" in done.output
 
 

@@ -12,8 +12,9 @@ from bitnet_ref.runtime.load import load
 torch = pytest.importorskip("torch", reason="training needs the extra [distill]: no torch here")
 transformers = pytest.importorskip("transformers", reason="training needs the extra [distill]: no transformers here")
 
-from bitnet_ref.distill import student  # noqa: E402  (it imports torch)
-from bitnet_ref.distill.bitlinear import BitLinear  # noqa: E402
+from bitnet_ref import distill  # noqa: E402
+from bitnet_ref.distill import student, weights  # noqa: E402  (they import torch)
+from bitnet_ref.distill.bitlinear import BitLinear, quantize_weights  # noqa: E402
 
 SIZES = {
     "hidden_size": 48,
@@ -218,3 +219,49 @@ def test_what_cannot_be_a_student_is_refused():
         student.insert_subln(model)
     with pytest.raises(ValueError, match="3 layers, got layer 3"), student.capture_qkv(model, 3):
         pass
+
+
+# What training does to weights.
+
+
+def test_weights_are_counted_in_units_of_what_they_are_rounded_with():
+    model = build("Llama")
+    student.ternarise(model)
+    with torch.no_grad():
+        for layer in (m for m in model.modules() if isinstance(m, BitLinear)):
+            layer.weight.copy_(torch.linspace(-1, 1, layer.weight.numel()).reshape(layer.weight.shape))
+            layer.weight[0, 0] = -50.0
+    counts = weights.histogram(model)
+    assert sum(counts) == sum(m.weight.numel() for m in model.modules() if isinstance(m, BitLinear))
+    assert counts[0] == 21 and counts[-1] == 0  # what lies outside is in the first bin: one of each layer
+    before = weights.WeightsBefore(model)
+    layer = model.model.layers[1].mlp.down_proj
+    with torch.no_grad():
+        layer.weight[1:].neg_()
+    found = before.compare(model)
+    assert found["before"] == counts and found["layers"][13] == "model.layers.1.mlp.down_proj"
+    kept = (quantize_weights(layer.weight)[0][1:] == 0).sum() + layer.weight.shape[1]
+    assert found["changed"][13] == pytest.approx(1 - float(kept) / layer.weight.numel(), abs=1e-6)
+    assert found["changed"][:13] + found["changed"][14:] == [0.0] * 20
+    assert found["zeros"] == found["zeros_before"]
+
+
+def test_weights_of_blocks_of_columns_and_of_one_bit():
+    model = build("Llama", hidden_size=32, intermediate_size=32, head_dim=8)
+    student.ternarise(model, "absmean-block", 16)
+    with torch.no_grad():
+        for layer in (m for m in model.modules() if isinstance(m, BitLinear)):
+            layer.weight[:, :16] *= 100  # of the matrix's mean all others would be zeros
+    counts, found = np.array(weights.histogram(model)), weights.ternary_weights(model)
+    zeros = sum(int((w_q == 0).sum()) for w_q in found.values()) / counts.sum()
+    assert counts[25:35].sum() / counts.sum() == pytest.approx(zeros, abs=1e-3) and 0.2 < zeros < 0.4
+    model = build("Llama")
+    student.ternarise(model, "b1")
+    assert weights.ternary_weights(model) == {} and weights.WeightsBefore(model).compare(model)["layers"] == []
+
+
+def test_pieces_come_from_their_modules():
+    assert distill.BitLinear is BitLinear and distill.insert_subln is student.insert_subln
+    assert distill.weights is weights
+    for name in distill.__all__:
+        assert getattr(distill, name).__module__.startswith("bitnet_ref.distill"), name

@@ -8,10 +8,12 @@ from click.testing import CliRunner
 
 from bitnet_ref.cli import main
 
-pytest.importorskip("torch", reason="training needs the extra [distill]: no torch here")
+torch = pytest.importorskip("torch", reason="training needs the extra [distill]: no torch here")
 pytest.importorskip("transformers", reason="training needs the extra [distill]: no transformers here")
 
-from bitnet_ref.distill import study
+from bitnet_ref.distill import study  # noqa: E402
+from bitnet_ref.distill.config import Training  # noqa: E402
+from bitnet_ref.distill.trainer import Devices  # noqa: E402
 
 
 def test_every_model_learns_and_is_recorded(tmp_path, monkeypatch):
@@ -42,3 +44,5 @@ def test_every_model_learns_and_is_recorded(tmp_path, monkeypatch):
     counts = [sum(row[key]) for row in made["continued"] for key in ("histogram_before", "histogram_after")]
     assert counts == [4 * 32 * 32 + 3 * 32 * 48] * 4  # q, k, v and o are square with two heads and two key/value heads
     assert made["record"]["command"].startswith("bitnet-ref distill study")
+    able = Devices(torch.device("cpu")).uses_bfloat16(Training())
+    assert made["settings"]["autocast"] == ("bfloat16" if able else "float32")

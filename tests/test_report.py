@@ -629,7 +629,7 @@ def test_gaussian_reference_of_the_weight_figure():
     q = np.clip(np.rint(w / scale), -1, 1)
     # Standard errors at a million samples are below 0.0005 for both.
     zeros, error = (q == 0).mean(), np.linalg.norm(w - scale * q) / np.linalg.norm(w)
-    assert (zeros, error) == pytest.approx((module._GAUSSIAN_ZEROS, module._GAUSSIAN_ERROR), abs=0.002)
+    assert (zeros, error) == pytest.approx((paper_figures.GAUSSIAN_ZEROS, module._GAUSSIAN_ERROR), abs=0.002)
 
 
 # ------------------------------------------------------------------------------------------------- training study

@@ -132,31 +132,36 @@ def _print_tables(folder: Path, as_json: bool) -> None:
     from bitnet_ref.distill import results
 
     document = results.write_tables(folder)
-    drawn = _draw_figures(folder, document)
     if as_json:
         emit(document)
     else:
         click.echo("\n" + results.markdown(document["tables"]), nl=False)
+    drawn = _draw_figures(folder, document)
+    if drawn and not as_json:
         click.echo(f"\nfigures: {', '.join(map(str, drawn))}")
 
 
 def _draw_figures(folder: Path, document: dict[str, Any]) -> list[Path]:
-    """Draw what a run has data for into its ``figures/``, as PNG and PDF; the paths of the former."""
+    """Draw what a run has data for into its ``figures/``, PNG, PDF and captions; the paths of the first."""
     from bitnet_ref import paper_figures
 
+    modules = {
+        folder / "figures" / f"{name.removeprefix('fig_distill_')}.png": paper_figures.load(name)
+        for name in paper_figures.DISTILL_FIGURES
+    }
+    modules = {path: module for path, module in modules.items() if module.drawable(document)}
+    if not modules:
+        return []
     (folder / "figures").mkdir(exist_ok=True)
-    drawn = []
-    for name in paper_figures.DISTILL_FIGURES:
-        module = paper_figures.load(name)
-        if not module.drawable(document):
-            continue
+    for path, module in modules.items():
         figure = module.draw(document)
-        drawn.append(folder / "figures" / f"{name.removeprefix('fig_distill_')}.png")
-        for path in (drawn[-1], drawn[-1].with_suffix(".pdf")):
-            temporary = path.with_name(f".{path.name}")
+        for target in (path, path.with_suffix(".pdf")):
+            temporary = target.with_name(f".{target.name}")
             paper_figures.save(figure, temporary)
-            temporary.replace(path)
-    return drawn
+            temporary.replace(target)
+    captions = "\n\n".join(f"![]({path.name})\n\n{module.CAPTION}" for path, module in modules.items())
+    (folder / "figures" / "captions.md").write_text(captions + "\n", encoding="utf-8")
+    return list(modules)
 
 
 def _needs_torch(name: str) -> Any:

@@ -42,7 +42,7 @@ PIECES = {
 _HOME = {name: module for module, names in PIECES.items() for name in names}
 _MODULES = {module.name for module in pkgutil.iter_modules(__path__)}
 
-__all__ = [*sorted(_HOME), *sorted(_MODULES)]
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
@@ -59,4 +59,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return sorted({*globals(), *_HOME, *_MODULES})

@@ -50,7 +50,7 @@ LOSSES = ("loss", "ce", "ld", "ad", "hd")
 """What is minimised, and its terms before their weights."""
 
 POINTS = 50
-"""Rows of a curve at most: the means of as many steps each."""
+"""Points of a curve at most, each the mean of as many steps; the last may be of fewer."""
 
 _GAPS = {
     "gap": ("bitdistill", "BitDistill"),
@@ -67,7 +67,7 @@ def collect(out: str | Path) -> list[dict[str, Any]]:
     -------
     list of dict
         ``stage``, ``seed``, ``step``, ``seconds``, ``tokens`` and ``test``; ``development``, the ``score`` after some
-        steps, with ``tokens`` so far; ``training``, columns ``step`` and each loss, a row for the mean of some steps;
+        steps, with ``tokens`` so far; ``training``, columns ``step`` and each loss, means over up to ``step``;
         of students ``weights``, before and after; of blocks ``errors``, a row for each; ``made``, when and on what. One
         stage that serves all seeds comes once.
 
@@ -95,15 +95,18 @@ def collect(out: str | Path) -> list[dict[str, Any]]:
 def _curves(path: Path) -> dict[str, Any]:
     """Evaluations and losses in a file of metrics, if there is one."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else ()
-    development, steps = [], []
+    development, steps, planned = [], [], 0
     for row in map(json.loads, lines):
         if row.get("event") == "development":
             tokens = steps[-1]["tokens"] if steps else 0
             development.append({"step": row["step"], "tokens": tokens, "score": row["score"]})
-        elif "event" not in row:
+        elif row.get("event") == "start":
+            planned = row["steps"]
+        else:
             steps.append(row)
-    size = math.ceil(len(steps) / POINTS)
-    parts = [steps[i : i + size] for i in range(0, len(steps), size or 1)]
+    # By the steps that were planned, so that a seed which was stopped early has its points where the others have them.
+    size = max(1, math.ceil(planned / POINTS))
+    parts = [steps[i : i + size] for i in range(0, len(steps), size)]
     training: dict[str, list[float]] = {"step": [part[-1]["step"] for part in parts]}
     for key in LOSSES if steps else ():
         if key in steps[0]:

@@ -24,6 +24,7 @@ roundings of the reference, ``answers-float32.safetensors`` with PyTorch's own.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import os
 import platform
@@ -231,18 +232,20 @@ class Run:
                 "processes": self.devices.world,
                 "device": torch.cuda.get_device_name() if self.devices.device.type == "cuda" else "cpu",
                 "splits_sha256": self.splits.sha256,
-                "seeds": list(config.seeds),
             }
-            self._record = dict(record or {}) | about
+            earlier = self.out / "record.json"
+            seeds = json.loads(earlier.read_text(encoding="utf-8")).get("seeds", []) if earlier.exists() else []
+            self._record = dict(record or {}) | about | {"seeds": seeds}
             _write_json(self.out / "record.json", self._record)
         self.say(self.splits.table())
 
     def run(self, stages: Sequence[str] | None = None, seeds: Sequence[int] | None = None) -> None:
         """Train stages for seeds, those of the configuration by default, and what they need before them."""
-        if seeds and self.devices.main:
-            self._record["seeds"] = list(seeds)
+        seeds = seeds or self.config.seeds
+        if self.devices.main:
+            self._record["seeds"] = sorted({*self._record["seeds"], *seeds})  # a folder may be given more of them later
             _write_json(self.out / "record.json", self._record)
-        for seed in seeds or self.config.seeds:
+        for seed in seeds:
             for name in with_parents(stages or self.config.variants):
                 self.stage(name, seed)
 
@@ -344,7 +347,7 @@ class Run:
         prepared = tasks.batches(self.task, self.encoder, examples, settings.batch, seed)
         student = self._plain("blocks", seed).to(self.devices.device)
         teacher = self._teacher(seed).to(self.devices.device).eval().requires_grad_(False)
-        before = WeightsBefore(student)
+        before = WeightsBefore(student) if self.devices.main else None
         found, errors = train_blocks(
             student,
             teacher,
@@ -362,7 +365,9 @@ class Run:
         result = {"stage": "blocks", "seed": seed, "identity": digest(about), **dataclasses.asdict(found)}
         test = self._limited(self.splits.test, self.config.data.test_limit)
         result |= {"test": self.evaluate(Scored(student), test, False), "test_examples": len(test)}
-        result |= {"errors": errors, "weights": before.compare(student), "settings": about}
+        result |= {"errors": errors, "settings": about}
+        if before:
+            result["weights"] = before.compare(student)
         if self.devices.main:
             result["made"] = self._made()
             _write_json(folder / "result.json", result)
@@ -374,9 +379,10 @@ class Run:
         return result
 
     def _made(self) -> dict[str, Any]:
-        """Which start of the run finished a stage, and on what: a folder may hold stages of several."""
-        keys = ("date", "commit", "cpu", "device", "threads", "processes", "torch")
-        return {key: self._record[key] for key in keys if key in self._record}
+        """When a stage was finished, and by what: a folder may hold stages of several starts and machines."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        keys = ("commit", "cpu", "device", "threads", "processes", "torch")
+        return {"finished": now} | {key: self._record[key] for key in keys if key in self._record}
 
     def folder(self, name: str, seed: int) -> Path:
         """Where a stage of a seed is; one that serves all seeds is with the first."""

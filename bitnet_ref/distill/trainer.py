@@ -608,23 +608,23 @@ def _progress(stage: str, steps: int, done: int, quiet: bool) -> Iterator[Callab
     if quiet:
         yield lambda run: None
         return
-    began = [-1, 0.0, done]
+    first: list[float] = []
 
-    def speeds(run: _Run) -> tuple[float, float]:
-        """Tokens and steps a second since this start."""
-        if began[0] < 0:
-            began[:] = run.tokens, run.seconds, run.step
-        seconds = run.seconds - began[1] or math.inf
-        return (run.tokens - began[0]) / seconds, (run.step - began[2]) / seconds
+    def speed(run: _Run) -> float:
+        """Tokens a second of training since the first step that was seen."""
+        if not first:
+            first[:] = run.tokens, run.seconds
+        return (run.tokens - first[0]) / (run.seconds - first[1] or math.inf)
 
     if not console.is_terminal:
-        shown = [time.monotonic()]
+        start = shown = time.monotonic()
 
         def tell(run: _Run) -> None:
-            tokens, pace = speeds(run)
-            if time.monotonic() - shown[0] >= SECONDS_BETWEEN_LINES and pace:
-                shown[0] = time.monotonic()
-                left = (steps - run.step) / pace / 60
+            nonlocal shown
+            tokens, now = speed(run), time.monotonic()
+            if now - shown >= SECONDS_BETWEEN_LINES:
+                shown = now
+                left = (steps - run.step) * (now - start) / (run.step - done) / 60  # evaluations and all
                 print(
                     f"{stage}: step {run.step:,} of {steps:,}, loss {run.row['loss']:.4g}, {tokens:,.0f} tokens/s, "
                     f"{left:,.0f} min left",
@@ -645,6 +645,6 @@ def _progress(stage: str, steps: int, done: int, quiet: bool) -> Iterator[Callab
         task = progress.add_task(stage, total=steps, completed=done, loss=math.nan, speed=0.0)
 
         def show(run: _Run) -> None:
-            progress.update(task, completed=run.step, loss=run.row["loss"], speed=speeds(run)[0])
+            progress.update(task, completed=run.step, loss=run.row["loss"], speed=speed(run))
 
         yield show

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from bitnet_ref.distill.bitlinear import BitLinear, quantize_weights, quantize_weights_blocks
+from bitnet_ref.distill.bitlinear import SCALE_CLAMP, BitLinear, quantize_weights, quantize_weights_blocks
 
 __all__ = ["BINS", "WeightsBefore", "histogram", "ternary_weights"]
 
 BINS = np.linspace(-3, 3, 61)
-"""Edges of histograms, in units of mean|w| of a matrix."""
+"""Edges of histograms, in units of mean|w|."""
 
 
 def ternary_weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -29,15 +29,22 @@ def ternary_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def histogram(model: nn.Module) -> list[int]:
-    """Counts of weight / mean|weight| of its matrix over all linear layers of the blocks, in BINS.
+    """Counts of weight / mean|weight| over all linear layers of the blocks, in BINS.
 
-    What lies outside counts in the first or last bin.
+    The mean is that of the matrix, or of the block of columns where each has a scale of its own. What lies outside
+    counts in the first or last bin.
     """
     counts = np.zeros(len(BINS) - 1, np.int64)
-    for name, p in model.named_parameters():
-        if "_proj" in name and p.ndim == 2:
-            w = p.detach().float().cpu().numpy()
-            counts += np.histogram(np.clip(w / max(np.abs(w).mean(), 1e-30), BINS[0], BINS[-1]), BINS)[0]
+    for name, layer in model.named_modules():
+        if "_proj" in name and isinstance(layer, (nn.Linear, BitLinear)):
+            w = layer.weight.detach().float()
+            if getattr(layer, "quantizer", "") == "absmean-block":
+                w = w.unflatten(1, (-1, layer.block))
+                mean = w.abs().mean(-1, keepdim=True)
+            else:
+                mean = w.abs().mean()
+            w = (w / mean.clamp(min=SCALE_CLAMP)).clamp(BINS[0], BINS[-1]).cpu().numpy()
+            counts += np.histogram(w, len(BINS) - 1, (BINS[0], BINS[-1]))[0]  # ten times as fast as with given edges
     return counts.tolist()
 
 

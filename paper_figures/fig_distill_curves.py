@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from bitnet_ref.paper_figures import (
     BLUE,
@@ -17,6 +17,7 @@ from bitnet_ref.paper_figures import (
     SKY,
     VERMILION,
     main,
+    plain_log_ticks,
     seeds_label,
     select,
     styled,
@@ -98,6 +99,12 @@ def draw(results: dict[str, Any]) -> Figure:
             (handles[stage],) = axes.plot(steps, values.mean(0), color=colour, ls=line, marker=marker, label=stage)
             axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
         axes.set(title=text, xlabel="step", ylabel=f"{unit} (measured)")
+        drawn = np.concatenate([line.get_ydata() for line in axes.get_lines()])
+        if drawn.min() > 0 and drawn.max() > 10 * drawn.min():
+            axes.set_yscale("log")
+            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+            axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+            plain_log_ticks(axes.yaxis)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid()
     for axes in grid.flat[len(panels) :]:

@@ -102,7 +102,7 @@ def _curves(path: Path) -> dict[str, Any]:
             development.append({"step": row["step"], "tokens": tokens, "score": row["score"]})
         elif row.get("event") == "start":
             planned = row["steps"]
-        else:
+        elif "event" not in row:
             steps.append(row)
     # By the steps that were planned, so that a seed which was stopped early has its points where the others have them.
     size = max(1, math.ceil(planned / POINTS))

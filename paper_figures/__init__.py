@@ -30,6 +30,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 __all__ = [
     "DISTILL_FIGURES",
@@ -44,6 +45,7 @@ __all__ = [
     "load",
     "main",
     "main_shape",
+    "mean_line",
     "name_rows",
     "percent",
     "plain_log_ticks",
@@ -169,6 +171,12 @@ def three_digits(value: float) -> str:
 def plain_log_ticks(axis: Axis) -> None:
     """Write 0.1, 1, 10 at the ticks of a logarithmic axis, whose unit is a power of ten itself."""
     axis.set_major_formatter(lambda value, _: f"{value:,g}")
+
+
+def mean_line(axes: Axes, x: Any, runs: np.ndarray, colour: str, **line: Any) -> Line2D:
+    """Draw the mean of runs, shape (runs, len(x)), over a band from the least to the largest."""
+    axes.fill_between(x, runs.min(0), runs.max(0), color=colour, alpha=0.15, linewidth=0)
+    return axes.plot(x, runs.mean(0), color=colour, **line)[0]
 
 
 # --------------------------------------------------------------------------------------------------------- weights

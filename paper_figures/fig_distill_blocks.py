@@ -15,6 +15,7 @@ from bitnet_ref.paper_figures import (
     ORANGE,
     VERMILION,
     main,
+    mean_line,
     percent,
     seeds_label,
     select,
@@ -51,8 +52,7 @@ def draw(results: dict[str, Any]) -> Figure:
     n = len(next(iter(blocks.values()))["errors"])
     for key, colour in (("before", GREY), ("after", BLUE)):
         errors = np.array([[block[key] for block in row["errors"]] for row in blocks.values()])
-        left.plot(range(1, n + 1), errors.mean(0), color=colour, marker=".", label=f"{key} training")
-        left.fill_between(range(1, n + 1), errors.min(0), errors.max(0), color=colour, alpha=0.2, linewidth=0)
+        mean_line(left, range(1, n + 1), errors, colour, marker=".", label=f"{key} training")
     left.set(xlabel="block", ylabel="distance from the teacher\n(measured)", ylim=(0, None), title="each block")
     for stage, label, colour in (
         ("direct", "direct", VERMILION),
@@ -75,8 +75,7 @@ def draw(results: dict[str, Any]) -> Figure:
         looks = [row["development"][:shared] for row in runs]
         work = np.array([[b + e["tokens"] for e in look] for b, look in zip(before, looks, strict=True)]) / 1e3
         scores = 100 * np.array([[e["score"] for e in look] for look in looks])
-        right.plot(work.mean(0), scores.mean(0), color=colour, marker=".", label=label)
-        right.fill_between(work.mean(0), scores.min(0), scores.max(0), color=colour, alpha=0.2, linewidth=0)
+        mean_line(right, work.mean(0), scores, colour, marker=".", label=label)
     teachers = select(rows, stage="teacher")
     teachers = [row for row in teachers if row["seed"] in blocks] or teachers
     best = np.mean([max(e["score"] for e in row["development"]) for row in teachers])

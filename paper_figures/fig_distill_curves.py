@@ -17,6 +17,7 @@ from bitnet_ref.paper_figures import (
     SKY,
     VERMILION,
     main,
+    mean_line,
     plain_log_ticks,
     seeds_label,
     select,
@@ -96,8 +97,7 @@ def draw(results: dict[str, Any]) -> Figure:
             steps = [step for step in runs[0] if all(step in run for run in runs)]
             values = np.array([[run[step] for step in steps] for run in runs])
             marker = "." if len(steps) < 12 else None
-            (handles[stage],) = axes.plot(steps, values.mean(0), color=colour, ls=line, marker=marker, label=stage)
-            axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
+            handles[stage] = mean_line(axes, steps, values, colour, ls=line, marker=marker, label=stage)
         axes.set(title=text, xlabel="step", ylabel=f"{unit} (measured)")
         drawn = np.concatenate([line.get_ydata() for line in axes.get_lines()])
         if drawn.min() > 0 and drawn.max() > 10 * drawn.min():

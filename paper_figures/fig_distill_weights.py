@@ -17,6 +17,7 @@ from bitnet_ref.paper_figures import (
     ORANGE,
     VERMILION,
     main,
+    mean_line,
     percent,
     seeds_label,
     select,
@@ -78,10 +79,7 @@ def draw(results: dict[str, Any]) -> Figure:
     for stage, found in runs.items():
         for key, axes in below.items():
             by_block = np.array([[np.array(run[key])[of_layer == block].mean() for block in blocks] for run in found])
-            axes.plot(blocks + 1, by_block.mean(0), color=STAGES[stage][1], marker=".")
-            axes.fill_between(
-                blocks + 1, by_block.min(0), by_block.max(0), color=STAGES[stage][1], alpha=0.2, linewidth=0
-            )
+            mean_line(axes, blocks + 1, by_block, STAGES[stage][1], marker=".")
     below["zeros"].axhline(GAUSSIAN_ZEROS, color="black", ls="--", linewidth=1)
     below["zeros"].set_title("zeros (measured); dashed: Gaussian weights")
     below["changed"].set_title("ternary weights changed (measured)")

@@ -8,12 +8,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bitnet_ref.paper_figures import BLUE, GREY, ORANGE, VERMILION, main, select, styled, title
+from bitnet_ref.paper_figures import BLUE, GREY, ORANGE, VERMILION, main, mean_line, select, styled, title
 
 SECTION = "training"
 KINDS = ("measured",)
 CAPTION = (
-    "Training loss in nats per token, mean over twenty steps. Lines: mean of the seeds; bands: the least and the "
+    "Training loss in nats per token, mean over ten steps. Lines: mean of the seeds; bands: the least and the "
     "largest. Left: from scratch, all with the same texts, windows, learning rate and initial weights of a seed; "
     "only the layers differ. Right: stage 2 of [BitDistill]: the full-precision models of the left panel get "
     "ternary layers, with SubLN or without, and are trained for as many steps again on other windows. Dots at the "
@@ -29,8 +29,7 @@ def _curves(axes: Axes, rows: list[dict[str, Any]], label: str, colour: str) -> 
     steps = rows[0]["curve"]["step"]
     losses = np.array([row["curve"]["loss"] for row in rows])
     held_out = [row["held_out_nats"] for row in rows]
-    axes.plot(steps, losses.mean(0), color=colour, label=f"{label}: {np.mean(held_out):.3f} held out")
-    axes.fill_between(steps, losses.min(0), losses.max(0), color=colour, alpha=0.2, linewidth=0)
+    mean_line(axes, steps, losses, colour, label=f"{label}: {np.mean(held_out):.3f} held out")
     axes.plot([steps[-1] * 1.03] * len(held_out), held_out, ".", color=colour, markersize=5, clip_on=False)
 
 

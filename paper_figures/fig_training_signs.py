@@ -17,6 +17,7 @@ from bitnet_ref.paper_figures import (
     SKY,
     VERMILION,
     main,
+    mean_line,
     select,
     styled,
     title,
@@ -27,7 +28,7 @@ KINDS = ("measured",)
 CAPTION = (
     "Ternary weights of b1.58 with SubLN, from scratch. Left: share of zeros in the matrices of each kind, against "
     "the 31.0 % of Gaussian weights (dashed). Right: share of the weights that are another one of -1, 0, 1 than "
-    "twenty steps before, per step; logarithmic. Lines: mean over the blocks and seeds; bands: the least and the "
+    "ten steps before, per step; logarithmic. Lines: mean over the blocks and seeds; bands: the least and the "
     "largest."
 )
 
@@ -46,8 +47,8 @@ def draw(results: dict[str, Any]) -> Figure:
         chosen = [i for i, name in enumerate(study["settings"]["layers"]) if part in name]
         for axes, key in ((left, "zeros"), (right, "flips")):
             values = np.array([row["curve"][key] for row in rows])[:, :, chosen]  # (seeds, steps, blocks)
-            axes.plot(steps, values.mean((0, 2)), color=colour, label=part.removesuffix("_proj"))
-            axes.fill_between(steps, values.min((0, 2)), values.max((0, 2)), color=colour, alpha=0.12, linewidth=0)
+            runs = values.swapaxes(1, 2).reshape(-1, len(steps))
+            mean_line(axes, steps, runs, colour, label=part.removesuffix("_proj"))
     left.axhline(GAUSSIAN_ZEROS, color="black", ls="--", linewidth=1)
     left.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %", decimals=0))
     left.set_title("zeros (measured)")
